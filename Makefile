@@ -1,0 +1,50 @@
+# make train   install, prepare the quickstart text, train the quickstart model in FP8
+# make test    install with the test extra, then lint, type-check and test (what CI runs)
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+DATA   := data/quickstart
+
+.PHONY: train test lint type unit test-slow test-oldest clean
+
+train: $(DATA)/manifest.json
+	$(BIN)/lightning-fp8 fit --config configs/quickstart.yaml
+
+$(DATA)/manifest.json: | $(VENV)/.installed
+	$(BIN)/lightning-fp8 prepare --config configs/data/quickstart.yaml
+
+test: lint type unit
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: $(VENV)/.installed-test
+	$(BIN)/mypy
+
+unit: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q
+
+test-slow: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q -m "slow and not gpu"
+
+# The lower bounds of pyproject.toml, on Python 3.12 where there is one (what GPU images ship), else on $(PYTHON).
+OLDEST_PYTHON ?= $(shell python3.12 -c '' 2>/dev/null && echo python3.12 || echo $(PYTHON))
+test-oldest:
+	test -x .venv-oldest/bin/uv || { $(OLDEST_PYTHON) -m venv .venv-oldest && .venv-oldest/bin/pip install -q uv; }
+	.venv-oldest/bin/uv pip install -q --python .venv-oldest/bin/python --upgrade --resolution lowest-direct -e '.[test]'
+	.venv-oldest/bin/python -m pytest -q
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q -e .
+	touch $@
+
+$(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q -e '.[test]'
+	touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) .venv-oldest data runs
