@@ -1,0 +1,93 @@
+"""Casting tensors to FP8 and back, one scale per tensor.
+
+    scale = amax(x) / format.max            codes = saturate(x / scale)            x ~ codes * scale
+
+The scale is the *decode* scale, the one GEMMs multiply by. Three decisions, each with its reason:
+
+* The cast saturates explicitly. `Tensor.to(float8)` differs between torch releases and formats: beyond the maximum
+  E4M3 gave NaN in torch 2.11 and 448 in 2.13, E5M2 gives inf.
+* A non-finite input is never hidden as the largest finite code. It makes the amax, hence the scale, non-finite, and so
+  every dequantised value is NaN: whoever looks at the loss sees it.
+* An all-zero tensor gets scale 1, and a scale is never below the smallest normal fp32 number, so no division by a
+  subnormal (flushed to zero on some devices) can happen.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_fp8.numerics.formats import E4M3, Format
+
+_SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+
+
+class Quantized(NamedTuple):
+    """A tensor in FP8: `codes` (float8, any shape) and the fp32 scalar `scale` that decodes them."""
+
+    codes: Tensor
+    scale: Tensor
+
+    def t(self) -> "Quantized":
+        """The transpose of a matrix; a view of the codes."""
+        return Quantized(self.codes.t(), self.scale)
+
+
+def amax(x: Tensor) -> Tensor:
+    """The largest magnitude of `x` as an fp32 scalar; 0 for an empty tensor, NaN or inf if `x` holds one."""
+    if x.numel() == 0:
+        return torch.zeros((), dtype=torch.float32, device=x.device)
+    low, high = torch.aminmax(x)
+    return torch.maximum(-low, high).float()
+
+
+def scale_of(amax: Tensor, fmt: Format, *, power_of_two: bool = False) -> Tensor:
+    """The decode scale that maps `amax` onto the largest value of `fmt`.
+
+    Args:
+        amax: fp32, non-negative, any shape.
+        fmt: The format to fill.
+        power_of_two: Round the scale up to a power of two, so that scaling is exact; up, so that nothing saturates.
+
+    Returns:
+        fp32 of the shape of `amax`: 1 where amax is 0, non-finite where amax is.
+    """
+    scale = (amax / fmt.max).clamp_min(_SMALLEST_SCALE)
+    if power_of_two:
+        # Through the bits: the exponent field of the next power of two at or above the scale. Non-finite stays so.
+        rounded = ((scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+        scale = torch.where(scale.isfinite(), rounded, scale)
+    return torch.where(amax == 0, torch.ones_like(scale), scale)
+
+
+def quantize(x: Tensor, fmt: Format, *, power_of_two: bool = False) -> Quantized:
+    """Casts `x` to `fmt` with one scale, round to nearest even, saturating.
+
+    Args:
+        x: bf16, fp16 or fp32, any shape.
+        fmt: The target format.
+        power_of_two: See `scale_of`.
+
+    Returns:
+        Contiguous codes of the shape of `x` and their scale.
+    """
+    scale = scale_of(amax(x), fmt, power_of_two=power_of_two)
+    scaled = (x.float() / scale).clamp_(-fmt.max, fmt.max)
+    return Quantized(scaled.to(fmt.dtype).contiguous(), scale)
+
+
+def dequantize(x: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The values that `x` stands for, computed in fp32 and rounded once to `dtype`."""
+    return (decode(x.codes, torch.float32) * x.scale).to(dtype)
+
+
+def decode(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """The unscaled values of float8 `codes`; exact, because every FP8 value is a bf16, fp16 (E4M3) or fp32 value."""
+    if codes.is_cpu and codes.dtype is E4M3.dtype and codes.dim() == 2:
+        # Torch decodes E4M3 on CPUs in a scalar loop; looking 256 values up is three to four times faster.
+        transposed = not codes.is_contiguous()
+        rows = (codes.t() if transposed else codes).contiguous()
+        table = torch.arange(256, dtype=torch.uint8).view(E4M3.dtype).to(dtype)
+        values = table.index_select(0, rows.view(torch.uint8).view(-1).int()).view(rows.shape)
+        return values.t() if transposed else values
+    return codes.to(dtype)
