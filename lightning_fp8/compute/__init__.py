@@ -1,0 +1,17 @@
+"""What a GEMM does: recipes, FP8 linear layers, their backends and the conversion of models."""
+
+from lightning_fp8.compute.autocast import fp8_autocast
+from lightning_fp8.compute.convert import ConversionReport, convert_linears, restore_linears
+from lightning_fp8.compute.linear import FP8Linear
+from lightning_fp8.compute.recipe import PRESETS, Operand, Recipe
+
+__all__ = [
+    "PRESETS",
+    "ConversionReport",
+    "FP8Linear",
+    "Operand",
+    "Recipe",
+    "convert_linears",
+    "fp8_autocast",
+    "restore_linears",
+]

@@ -1,0 +1,112 @@
+"""Which operand of which GEMM is cast how: the recipe.
+
+A linear layer y = x w^T has three GEMMs, each a product of two of three operands:
+
+    forward      y  = x  w^T          input, weight
+    input_grad   dx = dy w            grad_output, weight
+    weight_grad  dw = dy^T x          grad_output, input
+
+A recipe names a format for each operand and the GEMMs that stay in high precision. It is frozen and made of strings,
+booleans and tuples alone, so that it can be written in YAML, compared, hashed and stored in a checkpoint.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from lightning_fp8.numerics.formats import FORMATS, Format
+
+Gemm = Literal["forward", "input_grad", "weight_grad"]
+GEMMS: tuple[Gemm, ...] = get_args(Gemm)
+
+
+def _check_choice(what: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), allowed, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"FP8 recipe: {what} {value!r} is not one of {', '.join(allowed)}.{hint}")
+
+
+@dataclass(frozen=True)
+class Operand:
+    """How one operand is cast.
+
+    Attributes:
+        format: "e4m3" (precision) or "e5m2" (range).
+        granularity: What shares a scale; "tensor" is the whole operand.
+        power_of_two: Round scales up to powers of two.
+    """
+
+    format: Literal["e4m3", "e5m2"] = "e4m3"
+    granularity: Literal["tensor"] = "tensor"
+    power_of_two: bool = False
+
+    def __post_init__(self) -> None:
+        _check_choice("format", self.format, tuple(FORMATS))
+        _check_choice("granularity", self.granularity, ("tensor",))
+
+    @property
+    def number_format(self) -> Format:
+        """The format as numbers."""
+        return FORMATS[self.format]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a linear layer computes in FP8.
+
+    Attributes:
+        input: The cast of the layer's input.
+        weight: The cast of its weight.
+        grad_output: The cast of the gradient that arrives at its output.
+        scaling: "current" takes each scale from the tensor that is being cast.
+        high_precision: GEMMs that stay in the layer's own dtype: any of "forward", "input_grad", "weight_grad".
+    """
+
+    input: Operand = field(default_factory=Operand)
+    weight: Operand = field(default_factory=Operand)
+    grad_output: Operand = field(default_factory=lambda: Operand("e5m2"))
+    scaling: Literal["current"] = "current"
+    high_precision: tuple[Gemm, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_choice("scaling", self.scaling, ("current",))
+        for gemm in self.high_precision:
+            _check_choice("high_precision", gemm, GEMMS)
+        if set(self.high_precision) == set(GEMMS):
+            raise ValueError(
+                "Recipe.high_precision names all three GEMMs, so nothing would run in FP8. "
+                "Leave one out, or keep the layer out of FP8 with keep_high_precision."
+            )
+
+    def uses_fp8(self, gemm: Gemm) -> bool:
+        """Whether `gemm` runs in FP8."""
+        return gemm not in self.high_precision
+
+
+PRESETS = {"tensorwise": Recipe()}
+
+
+def resolve_recipe(recipe: str | Mapping[str, Any] | Recipe) -> Recipe:
+    """A recipe from a preset's name, from a mapping (YAML) with an optional "preset" key, or as it is.
+
+    Raises:
+        ValueError: Unknown preset or field, with the nearest valid name.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, str):
+        _check_choice("preset", recipe, tuple(PRESETS))
+        return PRESETS[recipe]
+    changes = dict(recipe)
+    base = resolve_recipe(changes.pop("preset", "tensorwise"))
+    names = tuple(f.name for f in dataclasses.fields(Recipe))
+    for name, value in changes.items():
+        _check_choice("field", name, names)
+        if isinstance(value, Mapping):
+            changes[name] = dataclasses.replace(getattr(base, name), **value)
+        elif isinstance(value, list):
+            changes[name] = tuple(value)
+    return dataclasses.replace(base, **changes)

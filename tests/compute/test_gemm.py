@@ -1,0 +1,89 @@
+import pytest
+import torch
+
+from lightning_fp8 import hardware
+from lightning_fp8.compute.gemm import fp8_gemm, record_gemms, select_backend
+from lightning_fp8.numerics import E4M3, E5M2, dequantize, quantize
+
+FORMATS = [(E4M3, E4M3), (E5M2, E4M3), (E5M2, E5M2)]
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def emulation_dtype(request, monkeypatch):
+    monkeypatch.setattr(hardware, "emulation_dtype", lambda device_type: request.param)
+    return request.param
+
+
+def operands(fmt_a, fmt_b, m=48, k=80, n=32):
+    generator = torch.Generator().manual_seed(m + k + n)
+    a = torch.randn(m, k, generator=generator)
+    b = torch.randn(n, k, generator=generator) * 1e-3
+    return quantize(a, fmt_a), quantize(b, fmt_b).t()
+
+
+@pytest.mark.parametrize(("fmt_a", "fmt_b"), FORMATS)
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
+def test_the_product_is_that_of_the_dequantised_operands(fmt_a, fmt_b, out_dtype, emulation_dtype):
+    a, b = operands(fmt_a, fmt_b)
+    exact = dequantize(a, torch.float64) @ dequantize(b, torch.float64)
+    absolute = dequantize(a, torch.float64).abs() @ dequantize(b, torch.float64).abs()
+    y = fp8_gemm(a, b, out_dtype, "emulated")
+    assert y.dtype is out_dtype
+    # K fp32 additions of exact products; one rounding to the emulation dtype, one of the scaling, one to the output.
+    roundings = torch.finfo(emulation_dtype).eps / 2 + torch.finfo(out_dtype).eps / 2 + 2**-23
+    bound = a.codes.shape[1] * 2**-24 * absolute + roundings * exact.abs() * (1 + 2**-8)
+    assert ((y.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("transposed", ["a", "b", "both", "neither"])
+def test_transposed_codes_give_the_same_product(transposed):
+    a, b = operands(E4M3, E4M3)
+    expected = fp8_gemm(a, b, torch.float32, "emulated")
+    if transposed in ("a", "both"):
+        a = a._replace(codes=a.codes.t().contiguous().t())
+    if transposed in ("b", "both"):
+        b = b._replace(codes=b.codes.contiguous())
+    torch.testing.assert_close(fp8_gemm(a, b, torch.float32, "emulated"), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_agrees_with_the_scaled_matrix_product_of_torch():
+    # Torch's CPU kernel is a plain loop: an oracle for tiny shapes, far too slow for anything else.
+    a, b = operands(E4M3, E4M3, m=16, k=32, n=16)
+    expected = torch._scaled_mm(a.codes, b.codes, a.scale, b.scale, out_dtype=torch.float32)
+    torch.testing.assert_close(fp8_gemm(a, b, torch.float32, "emulated"), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_autocast_does_not_reach_into_the_product(monkeypatch):
+    monkeypatch.setattr(hardware, "emulation_dtype", lambda device_type: torch.float32)
+    a, b = operands(E4M3, E4M3)
+    expected = fp8_gemm(a, b, torch.float32, "emulated")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fp8_gemm(a, b, torch.float32, "emulated"), expected)
+
+
+def test_every_gemm_is_recorded_with_sizes_and_dtypes():
+    a, b = operands(E5M2, E4M3)
+    with record_gemms() as outer:
+        fp8_gemm(a, b, torch.bfloat16, "emulated")
+        with record_gemms() as inner:
+            fp8_gemm(a, b, torch.bfloat16, "emulated")
+    fp8_gemm(a, b, torch.bfloat16, "emulated")
+    assert len(outer) == 2
+    assert len(inner) == 1
+    assert inner[0] == (48, 80, 32, torch.float8_e5m2, torch.float8_e4m3fn)
+    assert inner[0].flops == 2 * 48 * 80 * 32
+
+
+def test_backends_are_chosen_by_name():
+    assert select_backend("auto") == "emulated"
+    with pytest.raises(ValueError, match=r"'cuda'.*auto, emulated"):
+        select_backend("cuda")
+
+
+@pytest.mark.parametrize(
+    ("device", "matrix_unit", "expected"),
+    [("cpu", False, torch.float32), ("cpu", True, torch.bfloat16), ("cuda", False, torch.bfloat16)],
+)
+def test_the_emulation_runs_in_the_faster_dtype(device, matrix_unit, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": matrix_unit})
+    assert hardware.emulation_dtype.__wrapped__(device) is expected

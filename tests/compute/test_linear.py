@@ -1,0 +1,242 @@
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_fp8 import convert_linears, fp8_autocast
+from lightning_fp8.compute.gemm import record_gemms
+from lightning_fp8.numerics import E4M3, E5M2, dequantize, quantize
+
+E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2
+
+
+def linear(k=64, n=32, bias=True, dtype=torch.bfloat16, recipe="tensorwise", seed=0):
+    torch.manual_seed(seed)
+    layer = nn.Linear(k, n, bias=bias).to(dtype)
+    convert_linears(layer, recipe)
+    return layer
+
+
+def batch(*shape, dtype=torch.bfloat16, seed=1, requires_grad=True):
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return x.requires_grad_(requires_grad)
+
+
+def bound(exact, absolute, k, dtype):
+    """fp32 accumulation over k, then at most three roundings to a dtype (GEMM, scale, output)."""
+    return k * 2**-24 * absolute + 1.5 * torch.finfo(dtype).eps * exact.abs() + 1e-30
+
+
+@pytest.mark.parametrize("shape", [(16, 64), (2, 8, 64), (2, 3, 5, 64), (1, 64), (64,)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_three_gemms_are_products_of_the_cast_operands(shape, dtype):
+    layer, x = linear(dtype=dtype), batch(*shape, dtype=dtype)
+    y = layer(x)
+    dy = batch(*y.shape, dtype=dtype, seed=2, requires_grad=False)
+    y.backward(dy)
+    x8, w8, dy8 = (
+        dequantize(quantize(t.detach(), fmt), torch.float64) for t, fmt in ((x, E4M3), (layer.weight, E4M3), (dy, E5M2))
+    )
+    x8, dy8 = x8.reshape(-1, 64), dy8.reshape(-1, 32)
+    for got, a, b, extra in (
+        (y, x8, w8.t(), layer.bias.detach().double()),
+        (x.grad, dy8, w8, 0.0),
+        (layer.weight.grad, dy8.t(), x8, 0.0),
+    ):
+        exact = a @ b + extra
+        error = (got.detach().double().reshape(exact.shape) - exact).abs()
+        assert (error <= bound(exact, a.abs() @ b.abs() + abs(extra), a.shape[1], torch.bfloat16)).all()
+    torch.testing.assert_close(layer.bias.grad, dy.reshape(-1, 32).float().sum(0).to(dtype))
+    assert y.dtype is x.grad.dtype is layer.weight.grad.dtype is dtype
+
+
+def test_fp8_is_really_used():
+    layer, x = linear(), batch(16, 64)
+    with record_gemms() as gemms:
+        layer(x).sum().backward()
+    assert [(g.m, g.k, g.n, g.a_dtype, g.b_dtype) for g in gemms] == [
+        (16, 64, 32, E4, E4),  # y = x w^T
+        (16, 32, 64, E5, E4),  # dx = dy w
+        (32, 16, 64, E5, E4),  # dw = dy^T x
+    ]
+
+
+@pytest.mark.parametrize("gemm", ["forward", "input_grad", "weight_grad"])
+def test_a_gemm_can_stay_in_high_precision(gemm):
+    layer, x = linear(recipe={"high_precision": [gemm]}, bias=False), batch(16, 64)
+    plain, x2 = nn.Linear(64, 32, bias=False).bfloat16(), batch(16, 64)
+    plain.load_state_dict(layer.state_dict())
+    with record_gemms() as gemms:
+        y = layer(x)
+        y.backward(torch.ones_like(y))
+    y2 = plain(x2)
+    y2.backward(torch.ones_like(y2))
+    same = {
+        "forward": torch.equal(y, y2),
+        "input_grad": torch.equal(x.grad, x2.grad),
+        "weight_grad": torch.equal(layer.weight.grad, plain.weight.grad),
+    }
+    assert len(gemms) == 2
+    assert same == {name: name == gemm for name in same}
+
+
+@pytest.mark.parametrize(
+    ("x_grad", "w_grad", "gemms"), [(True, True, 3), (True, False, 2), (False, True, 2), (False, False, 1)]
+)
+def test_no_gemm_is_wasted_on_a_gradient_nobody_wants(x_grad, w_grad, gemms):
+    layer, x = linear(bias=False), batch(16, 64, requires_grad=x_grad)
+    layer.weight.requires_grad_(w_grad)
+    with record_gemms() as records:
+        y = layer(x)
+        if y.requires_grad:
+            y.sum().backward()
+    assert len(records) == gemms
+
+
+def saved_tensors(run):
+    saved = []
+
+    def pack(tensor):
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return saved
+
+
+def test_autograd_keeps_one_byte_an_element_of_the_input():
+    layer, x = linear(bias=False), batch(128, 64)
+    saved = saved_tensors(lambda: layer(x))
+    activations = [t for t in saved if t.data_ptr() != layer.weight.data_ptr() and t.numel() > 1]
+    assert [(t.dtype, t.numel()) for t in activations] == [(E4, 128 * 64)]
+
+
+def test_siblings_share_one_copy_of_their_input():
+    q, k, v = linear(seed=1), linear(seed=2), linear(seed=3)
+    x = batch(16, 64)
+    h = x * 1
+    codes = [t for t in saved_tensors(lambda: [layer(h) for layer in (q, k, v)]) if t.dtype is E4]
+    assert len(codes) == 3
+    assert len({t.data_ptr() for t in codes}) == 1
+
+
+def test_runs_in_inference_mode():
+    layer, x = linear(), batch(16, 64, requires_grad=False)
+    expected = layer(x)
+    with torch.inference_mode():
+        h = x * 1
+        assert torch.equal(layer(h), expected)
+        assert torch.equal(layer(h), expected)
+
+
+def test_a_changed_tensor_is_cast_again():
+    layer, x = linear(bias=False), batch(16, 64, requires_grad=False)
+    before = layer(x)
+    x.mul_(-2.0)  # a power of two: only the scale changes, so the result is exactly twice
+    assert torch.equal(layer(x), -2 * before)
+
+
+def test_leaves_the_state_dict_and_the_parameters_alone():
+    plain = nn.Linear(64, 32)
+    weight, keys, parameters = plain.weight, list(plain.state_dict()), list(plain.parameters())
+    convert_linears(plain)
+    assert plain.weight is weight
+    assert list(plain.state_dict()) == keys
+    assert all(a is b for a, b in zip(plain.parameters(), parameters, strict=True))
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_survives_copying(clone):
+    layer, x = linear(), batch(16, 64)
+    assert torch.equal(clone(layer)(x), layer(x))
+
+
+def test_autocast_decides_the_output_dtype():
+    layer, x = linear(dtype=torch.float32), batch(16, 64, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16), record_gemms() as gemms:
+        y = layer(x)
+    y.sum().backward()
+    assert len(gemms) == 1
+    assert y.dtype is torch.bfloat16
+    assert x.grad.dtype is layer.weight.grad.dtype is torch.float32
+
+
+def test_no_tokens_give_no_output_and_zero_gradients():
+    layer, x = linear(), batch(0, 64)
+    y = layer(x)
+    assert y.shape == (0, 32)
+    y.sum().backward()
+    assert x.grad.shape == (0, 64)
+    assert not layer.weight.grad.any()
+
+
+def test_a_non_contiguous_input_is_read_in_its_own_order():
+    layer, x = linear(), batch(64, 16)
+    assert torch.equal(layer(x.t()), layer(x.t().contiguous()))
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_non_finite_input_is_not_hidden(poison):
+    layer, x = linear(), batch(16, 64, requires_grad=False)
+    x[3, 5] = poison
+    assert not layer(x).isfinite().any()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_changes_no_bit(reentrant):
+    layer = linear()
+    grads = []
+    for run in (layer, lambda x: checkpoint(layer, x, use_reentrant=reentrant)):
+        layer.zero_grad()
+        x = batch(16, 64)
+        run(x).sum().backward()
+        grads.append((x.grad.clone(), layer.weight.grad.clone()))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_functional_call_uses_the_given_weight():
+    layer, x = linear(bias=False), batch(16, 64)
+    doubled = torch.func.functional_call(layer, {"weight": layer.weight * 2}, (x,))
+    torch.testing.assert_close(doubled, layer(x) * 2)  # a power of two changes scales only
+
+
+def test_the_switch_nests_and_is_restored_by_exceptions():
+    layer, x = linear(), batch(16, 64)
+    fp8, plain = layer(x), nn.functional.linear(x, layer.weight, layer.bias)
+    assert not torch.equal(fp8, plain)
+    with fp8_autocast(enabled=False):
+        assert torch.equal(layer(x), plain)
+        with fp8_autocast():
+            assert torch.equal(layer(x), fp8)
+        assert torch.equal(layer(x), plain)
+    with pytest.raises(RuntimeError, match="stop"), fp8_autocast(enabled=False):
+        raise RuntimeError("stop")
+    assert torch.equal(layer(x), fp8)
+
+
+def test_each_thread_has_its_own_switch():
+    layer, x = linear(), batch(16, 64)
+    fp8, results = layer(x), []
+    with fp8_autocast(enabled=False):
+        thread = threading.Thread(target=lambda: results.append(layer(x)))
+        thread.start()
+        thread.join()
+    assert torch.equal(results[0], fp8)
+
+
+def test_shows_its_formats():
+    assert "fp8=e4m3/e4m3/e5m2, backend=emulated" in repr(linear())
+
+
+def test_power_of_two_scales_reach_every_operand():
+    layer = linear(recipe={name: {"power_of_two": True} for name in ("input", "weight", "grad_output")}, bias=False)
+    x = batch(16, 64, requires_grad=False)
+    x8, w8 = (quantize(t.detach(), E4M3, power_of_two=True) for t in (x, layer.weight))
+    exact = dequantize(x8, torch.float64) @ dequantize(w8, torch.float64).t()
+    # With exact scaling, the result is the GEMM's own, rounded to bf16 once or twice.
+    torch.testing.assert_close(layer(x).double(), exact, rtol=2**-7, atol=1e-6)

@@ -1,0 +1,48 @@
+import dataclasses
+
+import pytest
+
+from lightning_fp8.compute import PRESETS, Operand, Recipe
+from lightning_fp8.compute.recipe import resolve_recipe
+
+
+def test_the_default_recipe_is_tensorwise():
+    recipe = resolve_recipe("tensorwise")
+    assert recipe == Recipe() == PRESETS["tensorwise"]
+    assert [o.format for o in (recipe.input, recipe.weight, recipe.grad_output)] == ["e4m3", "e4m3", "e5m2"]
+
+
+def test_a_recipe_is_frozen_and_hashable():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Recipe().scaling = "delayed"
+    assert len({Recipe(), Recipe(), Recipe(high_precision=("weight_grad",))}) == 2
+
+
+def test_a_mapping_overrides_fields_of_a_preset():
+    recipe = resolve_recipe(
+        {"preset": "tensorwise", "high_precision": ["weight_grad"], "grad_output": {"power_of_two": True}}
+    )
+    assert recipe == Recipe(grad_output=Operand("e5m2", power_of_two=True), high_precision=("weight_grad",))
+    assert not recipe.uses_fp8("weight_grad")
+    assert recipe.uses_fp8("forward")
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: resolve_recipe("tensorwize"), ("'tensorwize'", "'tensorwise'")),
+        (lambda: resolve_recipe({"high_precison": []}), ("'high_precison'", "'high_precision'")),
+        (lambda: resolve_recipe({"input": {"format": "e4m2"}}), ("format", "'e4m2'", "e4m3")),
+        (lambda: Operand("e3m4"), ("format", "'e3m4'", "e4m3, e5m2")),
+        (lambda: Operand(granularity="column"), ("granularity", "'column'", "tensor")),
+        (lambda: Recipe(scaling="static"), ("scaling", "'static'", "current")),
+        (lambda: Recipe(high_precision=("wgrad",)), ("high_precision", "'wgrad'", "weight_grad")),
+        (lambda: Recipe(high_precision=("forward", "input_grad", "weight_grad")), ("high_precision", "nothing")),
+    ],
+)
+def test_a_mistake_is_named_with_what_is_allowed(make, words):
+    with pytest.raises(ValueError, match=r"FP8|Recipe") as error:
+        make()
+    message = str(error.value)
+    assert all(word in message for word in words), message
+    assert "\n" not in message
