@@ -1,0 +1,7 @@
+"""What an optimizer step does: FP8 moments, stochastic rounding, schedules."""
+
+from lightning_fp8.optim.adamw import FP8AdamW
+from lightning_fp8.optim.groups import decay_groups
+from lightning_fp8.optim.schedules import Schedule, WarmupCosine, WarmupStableDecay
+
+__all__ = ["FP8AdamW", "Schedule", "WarmupCosine", "WarmupStableDecay", "decay_groups"]

@@ -1,0 +1,23 @@
+"""Parameter groups: decay matrices, leave gains and biases alone.
+
+The groups hold (name, parameter) pairs, so that the optimizer knows the names: `FP8AdamW` keys its random bits by them.
+"""
+
+from typing import Any
+
+from torch import nn
+
+
+def decay_groups(module: nn.Module) -> list[dict[str, Any]]:
+    """Two groups of `module`'s trainable parameters: of two and more dimensions, and the others.
+
+    The first takes the optimizer's own weight decay, the second has none. A shared (tied) parameter appears once.
+    """
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    matrices = [(name, p) for name, p in named if p.dim() >= 2]
+    vectors = [(name, p) for name, p in named if p.dim() < 2]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
