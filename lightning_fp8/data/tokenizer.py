@@ -1,0 +1,164 @@
+"""Byte-level BPE: any text has an encoding and comes back exactly, and every token has a length in bytes.
+
+Byte level means the base alphabet is the 256 bytes, so there is no unknown token, and losses can be given in
+bits per byte: a unit that does not depend on the vocabulary, unlike the loss per token. The end-of-text token
+is only ever appended by id; the same characters inside a text are encoded as ordinary text, so a document can
+not end itself.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lightning_fp8.data.sources import Document
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+END_OF_TEXT = "<|endoftext|>"
+SMALLEST_VOCABULARY = 257  # the 256 bytes and the end of text
+BATCH_CHARACTERS = 1 << 18  # a task long enough to hide the hand-over, short enough to keep memory small
+
+Encoded = tuple[Document, NDArray[np.int64]]
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int) -> "Tokenizer":
+    """Train a byte-level BPE tokenizer; the same texts in the same order give the same tokenizer.
+
+    Args:
+        texts: The texts, consumed once. Memory grows with the number of distinct words, not with the texts.
+        vocab_size: Most tokens to have, end of text (id 0) included. A small text can give fewer.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ValueError: `vocab_size` can not hold every byte and the end of text.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise ValueError(
+            f"vocab_size is {vocab_size}, but the 256 bytes and {END_OF_TEXT} need {SMALLEST_VOCABULARY}: "
+            "make it larger."
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        show_progress=False,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def load_tokenizer(path: str | Path) -> "Tokenizer":
+    """Load a byte-level BPE tokenizer from its JSON file.
+
+    Args:
+        path: A `tokenizer.json` file.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ValueError: The file is missing or broken, or its tokenizer is not byte-level or has no end of text.
+    """
+    from tokenizers import Tokenizer
+
+    if not Path(path).is_file():
+        raise ValueError(f"Tokenizer file {path} does not exist: give the path of a tokenizer.json.")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the Rust side raises a bare Exception
+        raise ValueError(f"{path} is not a tokenizer file ({error}): give the path of a tokenizer.json.") from error
+    if tokenizer.token_to_id(END_OF_TEXT) is None:
+        raise ValueError(f"The tokenizer {path} has no {END_OF_TEXT} token: add it, or train one instead.")
+    try:
+        token_bytes(tokenizer)
+    except ValueError as error:
+        raise ValueError(f"Tokenizer {path}: {error}") from error
+    # Not stored in the file: without it the text "<|endoftext|>" would become the end of its document.
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def token_bytes(tokenizer: "Tokenizer") -> torch.Tensor:
+    """How many UTF-8 bytes each token id stands for, so that a loss per token converts to bits per byte.
+
+    Args:
+        tokenizer: A byte-level tokenizer.
+
+    Returns:
+        int64 tensor [vocabulary], 0 for special tokens.
+
+    Raises:
+        ValueError: A token is not made of byte-level characters.
+    """
+    from tokenizers import pre_tokenizers
+
+    alphabet = frozenset(pre_tokenizers.ByteLevel.alphabet())
+    added = tokenizer.get_added_tokens_decoder()
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    lengths = torch.zeros(max(vocabulary.values()) + 1, dtype=torch.int64)
+    for token, index in vocabulary.items():
+        if index in added:  # added tokens are kept as plain text, the others as one character for each byte
+            lengths[index] = 0 if added[index].special else len(token.encode())
+        elif alphabet.issuperset(token):
+            lengths[index] = len(token)
+        else:
+            raise ValueError(f"token {token!r} is not byte-level: use a byte-level BPE tokenizer.")
+    return lengths
+
+
+def encode_documents(tokenizer: "Tokenizer", documents: Iterator[Document], workers: int) -> Iterator[Encoded]:
+    """Encode documents on several threads, in order and in constant memory.
+
+    Args:
+        tokenizer: The tokenizer.
+        documents: The documents, consumed once and only a few batches ahead.
+        workers: Threads. The Rust tokenizer gives up Python's lock while it encodes, so they do run at once.
+
+    Yields:
+        Each document with its ids and the end-of-text id after them, an int64 array [tokens].
+    """
+    end_of_text = tokenizer.token_to_id(END_OF_TEXT)
+
+    def encode(batch: list[Document]) -> list[Encoded]:
+        encodings = tokenizer.encode_batch_fast([document.text for document in batch], add_special_tokens=False)
+        return [
+            (document, np.array([*encoding.ids, end_of_text]))
+            for document, encoding in zip(batch, encodings, strict=True)
+        ]
+
+    with ThreadPoolExecutor(workers) as pool:
+        pending: deque[Future[list[Encoded]]] = deque()
+        for batch in _batches(documents):
+            pending.append(pool.submit(encode, batch))
+            if len(pending) > 2 * workers:
+                yield from pending.popleft().result()
+        while pending:
+            yield from pending.popleft().result()
+
+
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
