@@ -1,0 +1,44 @@
+"""`loss.png`: the loss of a run over its steps."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def plot_loss(rows: Sequence[dict[str, str]], path: Path) -> None:
+    """Draws training and validation loss of the rows of a `RunLog` into `path`; nothing if there are none."""
+    # The object interface without pyplot: no global state, no window system, no effect on the user's own figures.
+    from matplotlib.figure import Figure
+
+    train, val = (_series(rows, name) for name in ("train/loss", "val/loss"))
+    if not train[0] and not val[0]:
+        return
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(*train, color="tab:blue", alpha=0.3, linewidth=1)
+    axes.plot(train[0], _smooth(train[1]), color="tab:blue", linewidth=1.8, label="training (smoothed)")
+    if val[0]:
+        axes.plot(*val, "o-", color="tab:red", markersize=4, linewidth=1.2, label="validation")
+        axes.annotate(
+            f"{val[1][-1]:.3f}", (val[0][-1], val[1][-1]), textcoords="offset points", xytext=(0, 8), ha="right"
+        )
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("cross-entropy, nats a token")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=144)
+
+
+def _series(rows: Sequence[dict[str, str]], name: str) -> tuple[list[int], list[float]]:
+    points = [(int(row["step"]) + 1, float(row[name])) for row in rows if row.get(name)]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _smooth(values: Sequence[float], decay: float = 0.9) -> list[float]:
+    """An exponential moving average, corrected for its start."""
+    average, weight, result = 0.0, 0.0, []
+    for value in values:
+        average = decay * average + (1 - decay) * value
+        weight = decay * weight + (1 - decay)
+        result.append(average / weight)
+    return result

@@ -1,0 +1,88 @@
+"""`metrics.csv`: one row a logged step, whole after a kill, continued after a resume.
+
+Lightning's CSVLogger deletes the file of an earlier run of the same folder, also when that run is being resumed, and
+keeps rows in memory that a kill would lose. This logger writes each row as it comes. When training starts or resumes
+at optimizer step n, rows of step n and later are dropped: they were written after the checkpoint, by a run that died.
+"""
+
+import csv
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from lightning_utilities.core.rank_zero import rank_zero_only
+from torch import Tensor
+
+
+class RunLog(Logger):
+    """Logs metrics to `<save_dir>/metrics.csv`.
+
+    Args:
+        save_dir: The run's folder; checkpoints go into its subfolder `checkpoints`.
+    """
+
+    def __init__(self, save_dir: str) -> None:
+        super().__init__()
+        self._folder = Path(save_dir)
+        self._columns: list[str] = []
+
+    @property
+    def name(self) -> str:
+        """Empty: the run's folder has no level below it."""
+        return ""
+
+    @property
+    def version(self) -> str:
+        """Empty: the run's folder has no level below it."""
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        """The run's folder."""
+        return str(self._folder)
+
+    @property
+    def file(self) -> Path:
+        """Where the rows are."""
+        return self._folder / "metrics.csv"
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Does nothing: the run's configuration is in `config.yaml`."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        """Appends a row; a metric that was not seen before adds a column."""
+        row = {k: v.item() if isinstance(v, Tensor) else v for k, v in metrics.items()}
+        row["step"] = step
+        new = sorted(set(row) - set(self._columns))
+        if new or not self.file.exists():
+            rows = self.rows()
+            self._columns = list(dict.fromkeys([*self._columns, *(rows[0] if rows else ()), *new]))
+            self._write(rows)
+        with self.file.open("a", newline="") as file:
+            csv.DictWriter(file, self._columns).writerow(row)
+
+    @rank_zero_only
+    def start_at(self, step: int) -> None:
+        """Keeps the rows of steps before `step` of an earlier part of this run; drops the others."""
+        rows = [row for row in self.rows() if int(row["step"]) < step]
+        self._columns = list(rows[0]) if rows else []
+        if self.file.exists():
+            self._write(rows)
+
+    def rows(self) -> list[dict[str, str]]:
+        """The rows so far, as written; an incomplete last line (of a killed run) is left out."""
+        if not self.file.exists():
+            return []
+        with self.file.open(newline="") as file:
+            return list(csv.DictReader(line for line in file if line.endswith("\n")))
+
+    def _write(self, rows: list[dict[str, str]]) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.file.with_suffix(".tmp")
+        with temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self._columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(temporary, self.file)

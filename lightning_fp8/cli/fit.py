@@ -1,0 +1,113 @@
+"""`fit`, `validate`, `test`, `predict`: LightningCLI over `DecoderLM` and `TokenDataModule`.
+
+Added to LightningCLI: the `fp8` group, which builds the precision plugin (`fp8.enabled: false` is the off switch); a
+run folder, `trainer.default_root_dir`, that holds everything a run leaves behind; errors of one line.
+"""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only
+
+from lightning_fp8.callbacks import RunLog
+from lightning_fp8.cli.parsers import FitParser
+from lightning_fp8.data import TokenDataModule
+from lightning_fp8.models import DecoderLM
+from lightning_fp8.precision import FP8Precision
+
+# Said of Lightning's and litdata's own code, or of a choice that is right here: nothing that a user can act on.
+_NOISE = (
+    r".*isinstance\(treespec, LeafSpec\).*",
+    r".*Your `IterableDataset` has `__len__` defined.*",
+    r".*does not have many workers.*",
+)
+
+
+def run(args: list[str]) -> None:
+    """Runs LightningCLI with `args`, the verb first."""
+    for message in _NOISE:
+        warnings.filterwarnings("ignore", message)
+    sys.argv = ["lightning-fp8", *args]  # LightningCLI advises against its `args` parameter for command lines
+    FP8CLI(
+        DecoderLM,
+        TokenDataModule,
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        save_config_callback=SaveRunConfig,
+        save_config_kwargs={"overwrite": True},
+        parser_class=FitParser,
+        trainer_defaults={"default_root_dir": "runs/default"},
+    )
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Saves the configuration of training runs only: an evaluation must not replace the one that trained."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Writes `config.yaml` into the run's folder."""
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+
+class FP8CLI(LightningCLI):
+    """LightningCLI with an `fp8` group and a run folder."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds `--fp8.*`."""
+        parser.add_class_arguments(FP8Precision, "fp8", instantiate=False)
+        parser.add_argument(
+            "--fp8.enabled",
+            type=bool,
+            default=True,
+            help="Use the FP8 plugin; false leaves precision to the trainer.",
+        )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Adds the plugin and, for `fit`, the loggers of the run folder."""
+        trainer_config = self._get(self.config_init, "trainer", default={})
+        plugin = self._plugin()
+        if plugin is not None:
+            if trainer_config.get("precision") is not None:
+                raise ValueError(
+                    f"fp8.enabled and trainer.precision={trainer_config['precision']} exclude each other:"
+                    " leave trainer.precision out, or set fp8.enabled=false."
+                )
+            plugins = trainer_config.get("plugins") or []
+            trainer_config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), plugin]
+        folder = trainer_config["default_root_dir"]
+        if trainer_config.get("logger") is None:
+            if self.subcommand == "fit":
+                loggers = [RunLog(folder), TensorBoardLogger(folder, name="", version="")]
+                trainer_config["logger"] = loggers
+            else:
+                trainer_config["logger"] = False
+        if self.subcommand == "fit" and not self._get(self.config_init, "ckpt_path"):
+            _move_earlier_run(Path(folder))
+        return super().instantiate_trainer(**kwargs)
+
+    def _plugin(self) -> FP8Precision | None:
+        options = dict(vars(self._get(self.config_init, "fp8")))
+        if not options.pop("enabled"):
+            return None
+        if isinstance(options["recipe"], Namespace):
+            options["recipe"] = options["recipe"].as_dict()
+        return FP8Precision(**options)
+
+
+@rank_zero_only
+def _move_earlier_run(folder: Path) -> None:
+    """Keeps what an earlier run left in `folder` as `folder.1`, `folder.2`, …: nothing is lost or mixed."""
+    if not (folder / "metrics.csv").exists() and not (folder / "checkpoints").exists():
+        return
+    number = 1
+    while (target := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    os.replace(folder, target)
+    rank_zero_info(f"{folder} held an earlier run; it is now {target}. Use --ckpt_path last to resume a run.")

@@ -1,0 +1,22 @@
+"""Parsers that say what is wrong with an option in one or two lines instead of printing the whole usage."""
+
+import sys
+from typing import NoReturn
+
+from jsonargparse import ArgumentParser
+from lightning.pytorch.cli import LightningArgumentParser
+
+
+class OneLineErrors(ArgumentParser):
+    """An argument parser with short errors."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Prints the first and the last line of `message`, where jsonargparse says what and why; exits with 2."""
+        lines = [line.strip(" -") for line in str(message).splitlines() if line.strip(" -")] or ["wrong options"]
+        text = lines[0] if len(lines) == 1 else f"{lines[0]}\n  {lines[-1]}"
+        sys.stderr.write(f"lightning-fp8: {text}\n")
+        raise SystemExit(2)
+
+
+class FitParser(OneLineErrors, LightningArgumentParser):
+    """The parser of LightningCLI with short errors."""

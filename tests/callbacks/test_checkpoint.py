@@ -1,0 +1,60 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
+
+from lightning_fp8.callbacks import LastCheckpoint
+
+
+class Recorder(LastCheckpoint):
+    """Notes the step of each save and what is in the folder after it."""
+
+    def __init__(self, every_n_steps: int) -> None:
+        super().__init__(every_n_steps)
+        self.saved: list[int] = []
+        self.files: set[str] = set()
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        super()._save_checkpoint(trainer, filepath)
+        self.saved.append(trainer.global_step)
+        self.files |= {path.name for path in Path(filepath).parent.iterdir()}
+
+
+def fit(folder: Path, callback: LastCheckpoint, **options: Any) -> None:
+    trainer = Trainer(
+        accelerator="cpu",
+        logger=False,
+        callbacks=[callback],
+        default_root_dir=folder,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=1,
+        **options,
+    )
+    trainer.fit(BoringModel(), ckpt_path=options.pop("ckpt_path", None))
+
+
+@pytest.mark.parametrize(
+    ("every", "steps", "saved"), [(3, 8, [3, 6, 8]), (4, 8, [4, 8]), (100, 5, [5])], ids=["rest", "multiple", "short"]
+)
+def test_saves_every_n_steps_and_the_last(every: int, steps: int, saved: list[int], tmp_path: Path) -> None:
+    callback = Recorder(every)
+    fit(tmp_path, callback, max_steps=steps)
+    assert callback.saved == saved
+    assert callback.files == {"last.ckpt"}
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == steps
+
+
+def test_a_second_run_replaces_the_file(tmp_path: Path) -> None:
+    for steps in (2, 3):
+        fit(tmp_path, LastCheckpoint(2), max_steps=steps)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
+
+
+def test_a_trial_run_leaves_nothing(tmp_path: Path) -> None:
+    fit(tmp_path, LastCheckpoint(1), fast_dev_run=2)
+    assert not list(tmp_path.rglob("*.ckpt"))

@@ -1,0 +1,124 @@
+import csv
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lightning_fp8.cli.main import main
+
+Fit = Callable[..., None]
+CONFIG = """
+model:
+  config: {vocab_size: 272, hidden_size: 32, num_layers: 1, num_heads: 2, num_kv_heads: 2, intermediate_size: 32}
+data: {path: DATA, sequence_length: 8, batch_size: 2}
+fp8: {weights: bf16}
+trainer:
+  accelerator: cpu
+  max_steps: 2
+  limit_val_batches: 1
+  num_sanity_val_steps: 0
+  log_every_n_steps: 1
+  enable_model_summary: false
+  enable_progress_bar: false
+  callbacks:
+    - class_path: lightning_fp8.callbacks.LastCheckpoint
+    - class_path: lightning_fp8.callbacks.RunReport
+"""
+
+
+@pytest.fixture
+def fit(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fit]:
+    """Runs a verb, by default `fit`, with a tiny configuration and further options; the run's folder is `run`."""
+    (tmp_path / "config.yaml").write_text(CONFIG.replace("DATA", str(prepared)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lightning-fp8"])  # LightningCLI reads it, so the verb sets it
+
+    def call(*options: str, verb: str = "fit") -> None:
+        main([verb, "--config", "config.yaml", "--trainer.default_root_dir", "run", *options])
+
+    with warnings.catch_warnings():
+        yield call
+
+
+def steps(folder: str) -> list[int]:
+    with Path(folder, "metrics.csv").open(newline="") as file:
+        return [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (["--trainer.max_stepz", "3"], 2, "max_stepz"),
+        (["--model.config.hiden_size", "3"], 2, "hiden_size"),
+        (["--data.batch_size", "many"], 2, "data.batch_size"),
+        (["--config", "missing.yaml"], 2, "missing.yaml"),
+        (["--fp8.recipe", "tensorwize"], 1, "Did you mean 'tensorwise'?"),
+        (["--fp8.recipe", "{inputt: {format: e5m2}}"], 1, "Did you mean 'input'?"),
+        (["--trainer.precision", "bf16-mixed"], 1, "fp8.enabled and trainer.precision=bf16-mixed exclude each other"),
+        (["--model.config.vocab_size", "100"], 1, "set model.config.vocab_size to 272 or more"),
+        (["--data.path", "nowhere"], 1, "lightning-fp8 prepare"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_told_briefly(
+    options: list[str], code: int, said: str, fit: Fit, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        fit(*options)
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith(("lightning-fp8: ", "  "))]
+    assert stopped.value.code == code
+    assert 1 <= len(lines) <= (3 if code == 2 else 1)
+    assert said in "\n".join(lines)
+    assert not Path("run/checkpoints").exists()
+
+
+def test_a_run_leaves_its_folder_and_keeps_an_earlier_one(fit: Fit) -> None:
+    fit()
+    left = {path.name for path in Path("run").iterdir()}
+    assert {"config.yaml", "metrics.csv", "loss.png", "checkpoints", "summary.json", "tokenizer.json"} <= left
+    assert any(name.startswith("events.out.tfevents") for name in left)
+    assert yaml.safe_load(Path("run/config.yaml").read_text())["trainer"]["max_steps"] == 2
+
+    fit("--trainer.max_steps", "1")
+    assert (steps("run.1"), steps("run")) == ([0, 1], [0])
+
+    fit("--trainer.max_steps", "3", "--ckpt_path", "last")
+    assert steps("run") == [0, 1, 2]
+    assert not Path("run.2").exists()
+
+
+def test_an_evaluation_leaves_the_run_as_it_was(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    fit("--trainer.val_check_interval", "2", "--trainer.check_val_every_n_epoch", "null")
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    summary = yaml.safe_load(Path("run/summary.json").read_text())
+    capsys.readouterr()
+    for verb, prefix in {"validate": "val", "test": "test", "predict": None}.items():
+        limit = f"--trainer.limit_{prefix or verb}_batches"
+        fit("--ckpt_path", "run/checkpoints/last.ckpt", limit, "1", "--trainer.max_steps", "9", verb=verb)
+        shown = capsys.readouterr().out
+        if prefix:  # the model, the data and the precision are those of the end of the run: so is the loss
+            assert f"{prefix}/loss" in shown
+            assert f"{summary['val/loss']:.6f}"[:7] in shown
+    assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
+    assert not Path("run.1").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype", "linears"),
+    [
+        (["--fp8.recipe", "{preset: tensorwise, high_precision: [weight_grad]}"], torch.bfloat16, 7),
+        (["--fp8.recipe", "{input: {format: e5m2}}", "--fp8.keep_high_precision", "['*q_proj']"], torch.bfloat16, 7),
+        (["--fp8.enabled", "false"], torch.float32, 0),
+    ],
+    ids=["preset and field", "nested field", "off"],
+)
+def test_fp8_options_reach_the_plugin(options: list[str], dtype: torch.dtype, linears: int, fit: Fit) -> None:
+    fit("--trainer.max_steps", "1", "--trainer.limit_val_batches", "0", *options)
+    summary = yaml.safe_load(Path("run/summary.json").read_text())
+    weights = torch.load("run/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    assert {weight.dtype for weight in weights.values()} == {dtype}
+    assert summary["fp8/linears"] == linears  # q_proj out, but lm_head in, in the second case

@@ -1,0 +1,103 @@
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lightning_fp8.cli.main import main
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+QUICKSTART = CONFIGS / "quickstart.yaml"
+COMMANDS: dict[Path, list[str]] = {
+    **{path: ["fit", "--config", str(path)] for path in sorted(CONFIGS.glob("*.yaml"))},
+    **{
+        path: ["fit", "--config", str(QUICKSTART), "--config", str(path)]
+        for path in sorted(CONFIGS.glob("precision/*.yaml"))
+    },
+    **{path: ["prepare", "--config", str(path)] for path in sorted(CONFIGS.glob("data/*.yaml"))},
+}
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(CONFIGS))
+
+
+def differences(wanted: Any, parsed: Any, name: str = "") -> Iterator[str]:
+    """Where `parsed` lacks or changes something of `wanted`; it may hold more."""
+    if isinstance(wanted, dict) and isinstance(parsed, dict):
+        for key, value in wanted.items():
+            yield from differences(value, parsed.get(key, "nothing"), f"{name}.{key}".strip("."))
+    elif isinstance(wanted, list) and isinstance(parsed, list) and len(wanted) == len(parsed):
+        for index, pair in enumerate(zip(wanted, parsed, strict=True)):
+            yield from differences(*pair, f"{name}[{index}]")
+    elif wanted != parsed:
+        yield f"{name}: {wanted!r} was read as {parsed!r}"
+
+
+def test_every_config_has_a_command() -> None:
+    assert set(COMMANDS) == set(CONFIGS.rglob("*.y*ml"))
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=named)
+def test_config_parses_to_what_it_says(
+    path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [])  # the verb sets it
+    with pytest.raises(SystemExit) as stopped:
+        main([*COMMANDS[path], "--print_config"])
+    shown = capsys.readouterr()
+    assert stopped.value.code == 0, shown.err
+    assert list(differences(yaml.safe_load(path.read_text()), yaml.safe_load(shown.out))) == []
+
+
+def uncommented(text: str) -> Iterator[str]:
+    """Keys without a comment on their line or right above it; those of nested mappings need none."""
+    lines = text.splitlines()
+
+    def is_nested(value: yaml.Node) -> bool:
+        return isinstance(value, yaml.MappingNode) or (
+            isinstance(value, yaml.SequenceNode) and any(is_nested(item) for item in value.value)
+        )
+
+    def walk(node: yaml.Node) -> Iterator[str]:
+        for item in node.value if isinstance(node, yaml.SequenceNode | yaml.MappingNode) else ():
+            key, value = item if isinstance(item, tuple) else (None, item)
+            yield from walk(value)
+            if key is None or is_nested(value):
+                continue
+            first, last = key.start_mark.line, value.end_mark.line
+            above = lines[first - 1].strip() if first else ""
+            if not above.startswith("#") and "#" not in lines[last][value.end_mark.column :]:
+                yield f"line {first + 1}: {key.value}"
+
+    yield from walk(yaml.compose(text))
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=named)
+def test_every_key_is_explained(path: Path) -> None:
+    assert list(uncommented(path.read_text())) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "missing"),
+    [
+        ("a: 1  # why", []),
+        ("# why\na: 1", []),
+        ("a: 1", ["line 1: a"]),
+        ("a: '#'", ["line 1: a"]),
+        ("a: 1  # why\nb: 2", ["line 2: b"]),
+        ("a:\n  b: 1  # why", []),
+        ("a:\n  - b: 1", ["line 2: b"]),
+        ("a: [1, 2]", ["line 1: a"]),
+        ("a: [1, 2]  # why", []),
+    ],
+)
+def test_missing_comment_is_seen(text: str, missing: list[str]) -> None:
+    assert list(uncommented(text)) == missing
+
+
+@pytest.mark.parametrize("parsed", [{"a": 1}, {"a": {"b": [1]}}, {"a": {"b": [1, 3]}}, {"a": {"c": 1}}])
+def test_differences_are_seen(parsed: dict[str, Any]) -> None:
+    assert list(differences({"a": {"b": [1, 2]}}, parsed))

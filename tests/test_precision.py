@@ -1,0 +1,184 @@
+import warnings
+
+import pytest
+import torch
+from lightning.fabric import Fabric
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_fp8 import FabricFP8Precision, FP8Linear, FP8Precision
+from lightning_fp8.compute.gemm import record_gemms
+from lightning_fp8.optim import FP8AdamW
+
+OPTIMIZERS = {"fp32": torch.optim.AdamW, "bf16": FP8AdamW}
+
+
+class Regression(LightningModule):
+    """A model that knows nothing of FP8; it notes what its steps see."""
+
+    def __init__(self, optimizer=torch.optim.AdamW):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 16))
+        self.optimizer = optimizer
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        y = self.net(batch["x"])
+        self.seen.append((batch["x"].dtype, batch["id"].dtype, y.dtype, torch.get_default_dtype()))
+        return (y.float() - batch["x"][:, :16].float()).square().mean()
+
+    def validation_step(self, batch, batch_idx):
+        self.net(batch["x"])
+
+    def configure_optimizers(self):
+        return self.optimizer(self.parameters(), lr=1e-2)
+
+
+def batches(n=4):
+    torch.manual_seed(3)
+    return DataLoader([{"x": torch.randn(32), "id": torch.tensor(i)} for i in range(16 * n)], batch_size=16)
+
+
+def trainer(tmp_path, plugin, **options):
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    return Trainer(default_root_dir=tmp_path, plugins=[plugin], **{"max_epochs": 1, **quiet, **options})
+
+
+@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+def test_a_model_that_knows_nothing_of_fp8_trains_in_it(tmp_path, weights):
+    model = Regression(OPTIMIZERS[weights])
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    keys = list(model.state_dict())
+    with record_gemms() as gemms:
+        trainer(tmp_path, FP8Precision(weights=weights), limit_val_batches=0).fit(model, batches())
+    # two layers, four batches; forward, dw, and dx for all but the first layer
+    assert len(gemms) == 4 * (3 + 2)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[weights]
+    assert all(p.dtype is dtype for p in model.parameters())
+    assert all(not torch.equal(p.float(), before[name].to(dtype).float()) for name, p in model.named_parameters())
+    assert list(model.state_dict()) == keys
+    assert set(model.seen) == {(dtype, torch.int64, torch.bfloat16, dtype)}
+    assert torch.get_default_dtype() is torch.float32
+
+
+@pytest.mark.parametrize(("eval_precision", "count"), [("fp8", 4 * 2), ("bf16", 0)])
+def test_evaluation_runs_in_the_precision_that_was_asked_for(tmp_path, eval_precision, count):
+    plugin = FP8Precision(eval_precision=eval_precision)
+    with record_gemms() as gemms:
+        trainer(tmp_path, plugin).validate(Regression(), batches(), verbose=False)
+    assert len(gemms) == count
+
+
+def test_global_state_is_restored_when_training_raises(tmp_path):
+    class Failing(Regression):
+        def training_step(self, batch, batch_idx):
+            raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        trainer(tmp_path, FP8Precision(weights="bf16"), limit_val_batches=0).fit(Failing(FP8AdamW), batches())
+    assert torch.get_default_dtype() is torch.float32
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_a_checkpoint_resumes_and_loads_in_any_precision(tmp_path):
+    path = tmp_path / "x.ckpt"
+    first = trainer(tmp_path, FP8Precision(weights="bf16"), limit_val_batches=0)
+    first.fit(Regression(FP8AdamW), batches())
+    first.save_checkpoint(path)
+    again = trainer(tmp_path, FP8Precision(weights="bf16"), limit_val_batches=0, max_epochs=2)
+    again.fit(Regression(FP8AdamW), batches(), ckpt_path=path, weights_only=True)
+    assert again.global_step == 8
+    state = torch.load(path, weights_only=True)["state_dict"]
+    for precision in ("bf16-true", "32-true"):
+        plain = Regression()
+        plain.load_state_dict(state)  # strict: not a key more or less
+        options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+        Trainer(precision=precision, max_steps=1, enable_checkpointing=False, **options).fit(plain, batches())
+
+
+@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+def test_fabric_trains_the_same_way(weights):
+    torch.manual_seed(0)
+    fabric = Fabric(accelerator="cpu", devices=1, plugins=[FabricFP8Precision(weights=weights)])
+    with fabric.init_module():
+        net = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 16))
+    optimizer = OPTIMIZERS[weights](net.parameters(), lr=1e-2)
+    net, optimizer = fabric.setup(net, optimizer)
+    losses = []
+    with record_gemms() as gemms:
+        for batch in fabric.setup_dataloaders(batches(20)):
+            optimizer.zero_grad()
+            y = net(batch["x"])
+            assert y.dtype is torch.float32  # outputs have the default dtype
+            loss = (y - batch["x"][:, :16].float()).square().mean()
+            fabric.backward(loss)
+            optimizer.step()
+            losses.append(loss.item())
+    assert len(gemms) == 20 * (3 + 2)
+    assert losses[-1] < 0.8 * losses[0]
+    assert next(net.parameters()).dtype is {"fp32": torch.float32, "bf16": torch.bfloat16}[weights]
+
+
+def test_the_setup_of_fabric_leaves_an_earlier_optimizer_in_charge():
+    fabric = Fabric(accelerator="cpu", devices=1, plugins=[FabricFP8Precision()])
+    net = nn.Sequential(nn.Linear(32, 32))
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    before = net[0].weight.detach().clone()
+    wrapped, optimizer = fabric.setup(net, optimizer)
+    fabric.backward(wrapped(torch.randn(16, 32)).sum())
+    optimizer.step()
+    assert isinstance(net[0], FP8Linear)
+    assert not torch.equal(net[0].weight, before)
+
+
+def test_rounding_bf16_weights_to_nearest_is_warned_about(tmp_path):
+    with pytest.warns(UserWarning, match=r"AdamW rounds them to nearest.*FP8AdamW.*weights=\"fp32\""):
+        trainer(tmp_path, FP8Precision(weights="bf16"), limit_val_batches=0).fit(Regression(), batches())
+
+
+@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+def test_safe_combinations_are_not_warned_about(tmp_path, weights):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*rounds them to nearest.*")
+        trainer(tmp_path, FP8Precision(weights=weights), limit_val_batches=0).fit(
+            Regression(OPTIMIZERS[weights]), batches()
+        )
+
+
+def test_an_optimizer_of_other_parameters_is_refused(tmp_path):
+    stray = nn.Linear(2, 2)
+    model = Regression(lambda parameters, lr: torch.optim.SGD(stray.parameters(), lr))
+    with pytest.raises(ValueError, match="SGD holds parameters that are not the model's"):
+        trainer(tmp_path, FP8Precision(), limit_val_batches=0).fit(model, batches())
+
+
+def test_a_model_without_a_convertible_layer_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"BoringModel has no linear layer.*layer: sizes 32 x 2"):
+        trainer(tmp_path, FP8Precision()).fit(BoringModel())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"recipe": "tensorwize"}, ("'tensorwize'", "'tensorwise'")),
+        ({"backend": "cuda"}, ("'cuda'", "emulated")),
+        ({"weights": "fp16"}, ("weights 'fp16'", "fp32, bf16")),
+        ({"eval_precision": "fp32"}, ("eval_precision 'fp32'", "fp8, bf16")),
+    ],
+)
+def test_a_wrong_argument_is_named(options, words):
+    with pytest.raises(ValueError, match="FP8") as error:
+        FP8Precision(**options)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_precision_tells_others_the_compute_dtype():
+    assert FP8Precision(weights="bf16").precision == "bf16-true"
+    assert FP8Precision().precision == "bf16-mixed"
+
+
+def test_a_model_without_linears_at_all_says_so():
+    with pytest.raises(ValueError, match=r"it has no torch\.nn\.Linear"):
+        FabricFP8Precision().convert_module(nn.Conv2d(3, 3, 3))
