@@ -35,6 +35,7 @@ class RunReport(Callback):
         self._gemms: list[GemmRecord] = []
         self._ledger: Ledger | None = None
         self._first_step = 0
+        self._table: Table | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Continues the log of a resumed run at the right row; puts the tokenizer beside the checkpoints."""
@@ -76,7 +77,13 @@ class RunReport(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, RunLog):
                 plot_loss(logger.rows(), folder / "loss.png")
-        self._print(summary, trainer, folder)
+        self._table = _table(summary, trainer, folder)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Prints the table, when the progress bar is off the screen."""
+        if self._table is not None:
+            Console().print(self._table)
+            self._table = None
 
     def _summary(self, trainer: Trainer, pl_module: LightningModule, ledger: Ledger) -> dict[str, Any]:
         metrics = {
@@ -92,22 +99,23 @@ class RunReport(Callback):
             "bytes_per_param": {"weights": ledger.weights, "grads": ledger.grads, "moments": ledger.moments},
         }
 
-    def _print(self, summary: dict[str, Any], trainer: Trainer, folder: Path) -> None:
-        per_param = summary["bytes_per_param"]
-        rows = {
-            "validation loss": f"{summary.get('val/loss', float('nan')):.4f} nats a token",
-            "perplexity": f"{summary.get('val/perplexity', float('nan')):.2f}",
-            "bits per byte": _bits_per_byte(summary, trainer),
-            "training speed": f"{summary['tokens_per_second']:,.0f} tokens/s",
-            "FP8 linear layers": f"{summary['fp8/linears']}, {summary['fp8/flop_share']:.0%} of the GEMM FLOPs",
-            "bytes a parameter": " + ".join(f"{per_param[k]:.2f} {k}" for k in ("weights", "grads", "moments"))
-            + f" = {sum(per_param.values()):.2f}",
-            "run folder": str(folder),
-        }
-        table = Table(title=f"After {trainer.global_step:,} steps", show_header=False, title_justify="left")
-        for name, value in rows.items():
-            table.add_row(name, value)
-        Console().print(table)
+
+def _table(summary: dict[str, Any], trainer: Trainer, folder: Path) -> Table:
+    per_param = summary["bytes_per_param"]
+    rows = {
+        "validation loss": f"{summary.get('val/loss', float('nan')):.4f} nats a token",
+        "perplexity": f"{summary.get('val/perplexity', float('nan')):.2f}",
+        "bits per byte": _bits_per_byte(summary, trainer),
+        "training speed": f"{summary['tokens_per_second']:,.0f} tokens/s",
+        "FP8 linear layers": f"{summary['fp8/linears']}, {summary['fp8/flop_share']:.0%} of the GEMM FLOPs",
+        "bytes a parameter": " + ".join(f"{per_param[k]:.2f} {k}" for k in ("weights", "grads", "moments"))
+        + f" = {sum(per_param.values()):.2f}",
+        "run folder": str(folder),
+    }
+    table = Table(title=f"After {trainer.global_step:,} steps", show_header=False, title_justify="left")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
 
 
 def _bits_per_byte(summary: dict[str, Any], trainer: Trainer) -> str:

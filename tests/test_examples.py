@@ -1,0 +1,53 @@
+"""The examples, run as a user runs them."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+STEPS = 20
+
+
+def run(*args, cwd):
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # a busy machine makes two threads wait for each other
+    result = subprocess.run(
+        [sys.executable, *args], cwd=cwd, env=one_thread, capture_output=True, text=True, check=False, timeout=240
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with a small corpus, prepared as the quickstart's."""
+    folder = tmp_path_factory.mktemp("examples")
+    source = Path(os.__file__).parent
+    files = [str(source / f"{name}.py") for name in ("argparse", "ast", "csv", "enum", "inspect", "pickle", "typing")]
+    options = ["--output_dir", "data/quickstart", "--vocab_size", "1024", "--val_fraction", "0.2"]
+    run("-m", "lightning_fp8", "prepare", "--sources", json.dumps(files), *options, cwd=folder)
+    return folder
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_an_example_is_short(example):
+    assert len(example.read_text().splitlines()) <= 150
+
+
+def test_fabric_reaches_the_loss_of_the_command_line(work):
+    script = [str(ROOT / "examples/fabric_pretrain.py"), "--steps", str(STEPS), "--warmup", "5", "--save-every", "10"]
+    printed = run(*script, cwd=work)
+    fabric = float(re.search(r"validation loss ([\d.]+)", printed)[1])
+    options = ["--model.config.vocab_size=1024", "--model.schedule.init_args.warmup_steps=5"]
+    options += [f"--trainer.max_steps={STEPS}", f"--trainer.val_check_interval={STEPS}"]
+    run("-m", "lightning_fp8", "fit", "-c", str(ROOT / "configs/quickstart.yaml"), *options, cwd=work)
+    trainer = json.loads((work / "runs/quickstart/summary.json").read_text())["val/loss"]
+    assert fabric == round(trainer, 4)  # as printed: the two runs are the same to the last bit
+    assert trainer < 6.5  # ln 1024 is 6.93: it has learnt something
+
+    resumed = run(*script[:1], "--steps", str(STEPS), "--warmup", "5", "--resume", cwd=work)
+    assert float(re.search(r"validation loss ([\d.]+)", resumed)[1]) == fabric  # the checkpoint is the final state

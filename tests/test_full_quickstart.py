@@ -1,0 +1,40 @@
+"""The quickstart at its full size: what it promises, measured. Minutes long, so all of it is slow."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def summary(tmp_path_factory):
+    """The summary of `make train`, and gzip's bits per byte of the same held-out files."""
+    folder = tmp_path_factory.mktemp("full")
+    for verb, config in (("prepare", "configs/data/quickstart.yaml"), ("fit", "configs/quickstart.yaml")):
+        subprocess.run([sys.executable, "-m", "lightning_fp8", verb, "-c", str(ROOT / config)], cwd=folder, check=True)
+    manifest = json.loads((folder / "data/quickstart/manifest.json").read_text())
+    measured = json.loads((folder / "runs/quickstart/summary.json").read_text())
+    return measured, manifest["splits"]["val"]["gzip_bits_per_byte"]
+
+
+def test_it_needs_less_than_gzip(summary):
+    measured, gzip = summary
+    assert measured["val/bits_per_byte"] <= 0.92 * gzip
+
+
+def test_it_takes_six_bytes_a_parameter(summary):
+    assert sum(summary[0]["bytes_per_param"].values()) <= 6.15
+
+
+def test_emulation_costs_little():
+    spec = importlib.util.spec_from_file_location("step", ROOT / "benchmarks/step.py")
+    step = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(step)
+    seconds = step.measure()
+    assert seconds["fp8"] <= 1.6 * seconds["bf16"]
