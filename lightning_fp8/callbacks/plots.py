@@ -34,11 +34,11 @@ def _series(rows: Sequence[dict[str, str]], name: str) -> tuple[list[int], list[
     return [step for step, _ in points], [value for _, value in points]
 
 
-def _smooth(values: Sequence[float], decay: float = 0.9) -> list[float]:
-    """An exponential moving average, corrected for its start."""
-    average, weight, result = 0.0, 0.0, []
-    for value in values:
-        average = decay * average + (1 - decay) * value
-        weight = decay * weight + (1 - decay)
-        result.append(average / weight)
-    return result
+def _smooth(values: Sequence[float]) -> list[float]:
+    """The mean over a window centred on each value, about a tenth of all wide and cut at the ends.
+
+    Centred, so that it does not lag behind where the loss falls fast, as an average of past values would.
+    """
+    reach = len(values) // 20
+    windows = [values[max(0, i - reach) : i + reach + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
