@@ -10,9 +10,12 @@ With x [M, K] (leading dimensions flattened), w [N, K] and dy [M, N]:
     input_grad   dx [M, K] = dy8 [M, N] . w8   [N, K]
     weight_grad  dw [N, K] = dy8^T [N, M] . x8 [M, K]
 
-What autograd keeps is x8: one byte an element instead of the two of bf16. The weight is cast again in backward
-rather than kept, because a kept FP8 copy would cost another byte a parameter. Layers that receive the same tensor
-(q, k and v; gate and up) share one FP8 copy of it: the copy rides on the tensor object and goes with it.
+Scales run along the dimension that a GEMM sums over. One scale a tensor serves every GEMM, so one copy of an operand
+does; with a scale a row each operand is cast once for each layout, from high precision.
+
+What autograd keeps is the FP8 input of weight_grad: one byte an element instead of the two of bf16. The weight is cast
+again in backward rather than kept, because a kept FP8 copy would cost another byte a parameter. Layers that receive the
+same tensor (q, k and v; gate and up) share its FP8 copies: they ride on the tensor object and go with it.
 """
 
 from typing import Any
@@ -41,9 +44,12 @@ class FP8Linear(nn.Linear):
         """Returns x w^T + b."""
         if not fp8_enabled():
             return super().forward(input)
-        x8 = _shared_cast(input, self.fp8_recipe.input)
+        recipe = self.fp8_recipe
+        trained = torch.is_grad_enabled() and self.weight.requires_grad
+        x8 = _shared_cast(input, recipe.input, along=1) if recipe.uses_fp8("forward") else None
+        kept = _shared_cast(input, recipe.input, along=0) if trained and recipe.uses_fp8("weight_grad") else None
         y: Tensor = _ThreeGemms.apply(
-            input, x8, self.weight, self.bias, _compute_dtype(input), self.fp8_recipe, self.fp8_backend
+            input, x8, kept, self.weight, self.bias, _compute_dtype(input), recipe, self.fp8_backend
         )
         return y
 
@@ -51,7 +57,7 @@ class FP8Linear(nn.Linear):
         """Sizes as `nn.Linear` shows them, and the formats."""
         recipe = self.fp8_recipe
         formats = "/".join(o.format for o in (recipe.input, recipe.weight, recipe.grad_output))
-        return f"{super().extra_repr()}, fp8={formats}, backend={self.fp8_backend}"
+        return f"{super().extra_repr()}, fp8={formats} by {recipe.weight.granularity}, backend={self.fp8_backend}"
 
 
 class _ThreeGemms(torch.autograd.Function):
@@ -61,7 +67,8 @@ class _ThreeGemms(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        x8: Quantized,
+        x8: Quantized | None,
+        kept: Quantized | None,
         weight: Tensor,
         bias: Tensor | None,
         dtype: torch.dtype,
@@ -70,34 +77,37 @@ class _ThreeGemms(torch.autograd.Function):
     ) -> Tensor:
         ctx.recipe, ctx.backend = recipe, backend
         ctx.x_dtype, ctx.x_shape, ctx.bias_dtype = x.dtype, x.shape, None if bias is None else bias.dtype
-        kept_x, kept_scale = x8 if recipe.uses_fp8("weight_grad") else (x, None)
-        ctx.save_for_backward(weight, *((kept_x, kept_scale) if ctx.needs_input_grad[2] else (None, None)))
-        if recipe.uses_fp8("forward"):
-            y = fp8_gemm(_rows(x8), _cast(weight, recipe.weight).t(), dtype, backend, bias)
+        ctx.save_for_backward(weight, *((kept or (x, None)) if ctx.needs_input_grad[3] else (None, None)))
+        if x8 is not None:
+            y = fp8_gemm(x8, _cast(weight, recipe.weight, along=1).t(), dtype, backend, bias)
         else:
             y = F.linear(_flat(x).to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        weight, kept_x, kept_scale = ctx.saved_tensors
+        weight, kept, kept_scale = ctx.saved_tensors
         recipe, backend = ctx.recipe, ctx.backend
-        wants_dx, _, wants_dw, wants_db = ctx.needs_input_grad[:4]
-        fp8_dx, fp8_dw = wants_dx and recipe.uses_fp8("input_grad"), wants_dw and recipe.uses_fp8("weight_grad")
+        wants_dx, _, _, wants_dw, wants_db = ctx.needs_input_grad[:5]
         dy = _flat(dy)
-        dy8: Any = _cast(dy, recipe.grad_output) if fp8_dx or fp8_dw else None
-        dx = dw = db = None
-        if fp8_dx:
-            dx = fp8_gemm(dy8, _cast(weight, recipe.weight), ctx.x_dtype, backend)
+        dy8 = dx = dw = db = None
+        if wants_dx and recipe.uses_fp8("input_grad"):
+            dy8 = _cast(dy, recipe.grad_output, along=1)
+            dx = fp8_gemm(dy8, _cast(weight, recipe.weight, along=0), ctx.x_dtype, backend)
         elif wants_dx:
             dx = (dy @ weight.to(dy.dtype)).to(ctx.x_dtype)
-        if fp8_dw:
-            dw = fp8_gemm(dy8.t(), _rows(Quantized(kept_x, kept_scale)), weight.dtype, backend)
+        if wants_dw and recipe.uses_fp8("weight_grad"):
+            if dy8 is None or recipe.grad_output.granularity != "tensor":
+                dy8 = _cast(dy, recipe.grad_output, along=0)
+            dw = fp8_gemm(dy8.t(), Quantized(kept, kept_scale), weight.dtype, backend)
         elif wants_dw:
-            dw = (dy.t() @ _flat(kept_x).to(dy.dtype)).to(weight.dtype)
+            dw = (dy.t() @ _flat(kept).to(dy.dtype)).to(weight.dtype)
         if wants_db:
             db = dy.float().sum(0).to(ctx.bias_dtype)
-        return None if dx is None else dx.view(ctx.x_shape), None, dw, db, None, None, None
+        return None if dx is None else dx.view(ctx.x_shape), None, None, dw, db, None, None, None
+
+
+_Casts = dict[tuple[Operand, int | None], Quantized]
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -105,27 +115,27 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def _cast(x: Tensor, operand: Operand) -> Quantized:
-    return quantize(x, operand.number_format, power_of_two=operand.power_of_two)
-
-
 def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _rows(x: Quantized) -> Quantized:
-    return Quantized(_flat(x.codes), x.scale)
+def _cast(x: Tensor, operand: Operand, along: int) -> Quantized:
+    """Casts a matrix for a GEMM that sums over its dimension `along`."""
+    shared = None if operand.granularity == "tensor" else along
+    return quantize(x, operand.number_format, along=shared, power_of_two=operand.power_of_two)
 
 
 @torch.no_grad()
-def _shared_cast(x: Tensor, operand: Operand) -> Quantized:
-    """Casts `x`, or returns the cast that a sibling layer made of the very same, unchanged tensor."""
+def _shared_cast(x: Tensor, operand: Operand, along: int) -> Quantized:
+    """Casts `x` as a matrix, or returns the cast that a sibling layer made of the very same, unchanged tensor."""
     if x.is_inference() or torch.compiler.is_compiling():
-        return _cast(x, operand)  # inference tensors count no versions; a compiled graph shares equal casts by itself
-    made = getattr(x, "_fp8_cast", None)
-    if made is not None and made[:2] == (x._version, operand):
-        cast: Quantized = made[2]
-        return cast
-    cast = _cast(x, operand)
-    x._fp8_cast = (x._version, operand, cast)  # type: ignore[attr-defined]
-    return cast
+        # Inference tensors count no versions; a compiled graph shares equal casts by itself.
+        return _cast(_flat(x), operand, along)
+    version, casts = getattr(x, "_fp8_casts", (-1, _Casts()))
+    if version != x._version:
+        casts = _Casts()
+        x._fp8_casts = (x._version, casts)  # type: ignore[attr-defined]
+    key = operand, None if operand.granularity == "tensor" else along
+    if key not in casts:
+        casts[key] = _cast(_flat(x), operand, along)
+    return casts[key]

@@ -20,6 +20,11 @@ from lightning_fp8.numerics.formats import FORMATS, Format
 
 Gemm = Literal["forward", "input_grad", "weight_grad"]
 GEMMS: tuple[Gemm, ...] = get_args(Gemm)
+_OPERANDS: dict[Gemm, tuple[str, str]] = {
+    "forward": ("input", "weight"),
+    "input_grad": ("grad_output", "weight"),
+    "weight_grad": ("grad_output", "input"),
+}
 
 
 def _check_choice(what: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -35,17 +40,18 @@ class Operand:
 
     Attributes:
         format: "e4m3" (precision) or "e5m2" (range).
-        granularity: What shares a scale; "tensor" is the whole operand.
+        granularity: What shares a scale: the whole operand ("tensor"), or each of its lines along the dimension that
+            the GEMM sums over ("row").
         power_of_two: Round scales up to powers of two.
     """
 
     format: Literal["e4m3", "e5m2"] = "e4m3"
-    granularity: Literal["tensor"] = "tensor"
+    granularity: Literal["tensor", "row"] = "tensor"
     power_of_two: bool = False
 
     def __post_init__(self) -> None:
         _check_choice("format", self.format, tuple(FORMATS))
-        _check_choice("granularity", self.granularity, ("tensor",))
+        _check_choice("granularity", self.granularity, ("tensor", "row"))
 
     @property
     def number_format(self) -> Format:
@@ -81,12 +87,27 @@ class Recipe:
                 "Leave one out, or keep the layer out of FP8 with keep_high_precision."
             )
 
+        for gemm, (a, b) in _OPERANDS.items():
+            granularities = getattr(self, a).granularity, getattr(self, b).granularity
+            if self.uses_fp8(gemm) and granularities[0] != granularities[1]:
+                raise ValueError(
+                    f"Recipe: the {gemm} GEMM multiplies {a}, scaled by {granularities[0]}, and {b}, scaled by"
+                    f" {granularities[1]}; FP8 hardware wants one granularity. Make them equal, or name {gemm} in"
+                    " high_precision."
+                )
+
     def uses_fp8(self, gemm: Gemm) -> bool:
         """Whether `gemm` runs in FP8."""
         return gemm not in self.high_precision
 
 
-PRESETS = {"tensorwise": Recipe()}
+_ROW = Operand(granularity="row", power_of_two=True)
+_ROWWISE = Recipe(input=_ROW, weight=_ROW, grad_output=_ROW)
+PRESETS = {
+    "tensorwise": Recipe(),  # the fastest
+    "rowwise": _ROWWISE,  # an outlier blurs its own row only
+    "rowwise_gw_hp": dataclasses.replace(_ROWWISE, high_precision=("weight_grad",)),  # the most accurate
+}
 
 
 def resolve_recipe(recipe: str | Mapping[str, Any] | Recipe) -> Recipe:

@@ -1,4 +1,4 @@
-"""Casting tensors to FP8 and back, one scale per tensor.
+"""Casting tensors to FP8 and back, with one scale for the whole tensor or one for each line of it.
 
     scale = amax(x) / format.max            codes = saturate(x / scale)            x ~ codes * scale
 
@@ -23,21 +23,32 @@ _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 
 class Quantized(NamedTuple):
-    """A tensor in FP8: `codes` (float8, any shape) and the fp32 scalar `scale` that decodes them."""
+    """A tensor in FP8.
+
+    Attributes:
+        codes: float8, any shape.
+        scale: fp32, what decodes them: a scalar, or of the shape of `codes` with size 1 along one dimension.
+    """
 
     codes: Tensor
     scale: Tensor
 
     def t(self) -> "Quantized":
-        """The transpose of a matrix; a view of the codes."""
-        return Quantized(self.codes.t(), self.scale)
+        """The transpose of a matrix; a view."""
+        return Quantized(self.codes.t(), self.scale.t())
 
 
-def amax(x: Tensor) -> Tensor:
-    """The largest magnitude of `x` as an fp32 scalar; 0 for an empty tensor, NaN or inf if `x` holds one."""
+def amax(x: Tensor, along: int | None = None) -> Tensor:
+    """The largest magnitude of `x`, fp32; 0 where there is nothing, NaN or inf where `x` holds one.
+
+    Args:
+        x: Any shape.
+        along: The dimension that is reduced, to size 1; None reduces all of them, to a scalar.
+    """
     if x.numel() == 0:
-        return torch.zeros((), dtype=torch.float32, device=x.device)
-    low, high = torch.aminmax(x)
+        shape = () if along is None else tuple(1 if d == along % x.dim() else n for d, n in enumerate(x.shape))
+        return torch.zeros(shape, dtype=torch.float32, device=x.device)
+    low, high = torch.aminmax(x) if along is None else torch.aminmax(x, dim=along, keepdim=True)
     return torch.maximum(-low, high).float()
 
 
@@ -60,18 +71,19 @@ def scale_of(amax: Tensor, fmt: Format, *, power_of_two: bool = False) -> Tensor
     return torch.where(amax == 0, torch.ones_like(scale), scale)
 
 
-def quantize(x: Tensor, fmt: Format, *, power_of_two: bool = False) -> Quantized:
-    """Casts `x` to `fmt` with one scale, round to nearest even, saturating.
+def quantize(x: Tensor, fmt: Format, *, along: int | None = None, power_of_two: bool = False) -> Quantized:
+    """Casts `x` to `fmt`, round to nearest even, saturating.
 
     Args:
         x: bf16, fp16 or fp32, any shape.
         fmt: The target format.
+        along: The dimension whose elements share a scale (-1: a scale for each row); None: all share one.
         power_of_two: See `scale_of`.
 
     Returns:
-        Contiguous codes of the shape of `x` and their scale.
+        Contiguous codes of the shape of `x` and their scales.
     """
-    scale = scale_of(amax(x), fmt, power_of_two=power_of_two)
+    scale = scale_of(amax(x, along), fmt, power_of_two=power_of_two)
     scaled = (x.float() / scale).clamp_(-fmt.max, fmt.max)
     return Quantized(scaled.to(fmt.dtype).contiguous(), scale)
 

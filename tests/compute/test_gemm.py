@@ -53,6 +53,13 @@ def test_agrees_with_the_scaled_matrix_product_of_torch():
     torch.testing.assert_close(fp8_gemm(a, b, torch.float32, "emulated"), expected, rtol=1e-5, atol=1e-7)
 
 
+def test_agrees_with_the_scaled_matrix_product_of_torch_by_row():
+    a, b = torch.randn(16, 32), torch.randn(16, 32)
+    a8, b8 = quantize(a, E4M3, along=1), quantize(b, E4M3, along=1).t()
+    expected = torch._scaled_mm(a8.codes, b8.codes, a8.scale, b8.scale, out_dtype=torch.bfloat16)
+    torch.testing.assert_close(fp8_gemm(a8, b8, torch.bfloat16, "emulated"), expected, rtol=2**-7, atol=1e-6)
+
+
 def test_autocast_does_not_reach_into_the_product(monkeypatch):
     monkeypatch.setattr(hardware, "emulation_dtype", lambda device_type: torch.float32)
     a, b = operands(E4M3, E4M3)

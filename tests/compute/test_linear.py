@@ -8,8 +8,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_fp8 import convert_linears, fp8_autocast
+from lightning_fp8.compute import PRESETS
 from lightning_fp8.compute.gemm import record_gemms
-from lightning_fp8.numerics import E4M3, E5M2, dequantize, quantize
+from lightning_fp8.numerics import E4M3, dequantize, quantize
 
 E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2
 
@@ -31,21 +32,27 @@ def bound(exact, absolute, k, dtype):
     return k * 2**-24 * absolute + 1.5 * torch.finfo(dtype).eps * exact.abs() + 1e-30
 
 
+def cast(t, operand, along):
+    """What a GEMM that sums over dimension `along` of the matrix `t` should see, in fp64."""
+    t = t.detach().reshape(-1, t.shape[-1])
+    shared = along if operand.granularity == "row" else None
+    options = {"along": shared, "power_of_two": operand.power_of_two}
+    return dequantize(quantize(t, operand.number_format, **options), torch.float64)
+
+
 @pytest.mark.parametrize("shape", [(16, 64), (2, 8, 64), (2, 3, 5, 64), (1, 64), (64,)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_three_gemms_are_products_of_the_cast_operands(shape, dtype):
-    layer, x = linear(dtype=dtype), batch(*shape, dtype=dtype)
+@pytest.mark.parametrize("preset", ["tensorwise", "rowwise"])
+def test_three_gemms_are_products_of_the_cast_operands(shape, dtype, preset):
+    layer, x = linear(dtype=dtype, recipe=preset), batch(*shape, dtype=dtype)
     y = layer(x)
     dy = batch(*y.shape, dtype=dtype, seed=2, requires_grad=False)
     y.backward(dy)
-    x8, w8, dy8 = (
-        dequantize(quantize(t.detach(), fmt), torch.float64) for t, fmt in ((x, E4M3), (layer.weight, E4M3), (dy, E5M2))
-    )
-    x8, dy8 = x8.reshape(-1, 64), dy8.reshape(-1, 32)
+    r, w = PRESETS[preset], layer.weight
     for got, a, b, extra in (
-        (y, x8, w8.t(), layer.bias.detach().double()),
-        (x.grad, dy8, w8, 0.0),
-        (layer.weight.grad, dy8.t(), x8, 0.0),
+        (y, cast(x, r.input, 1), cast(w, r.weight, 1).t(), layer.bias.detach().double()),
+        (x.grad, cast(dy, r.grad_output, 1), cast(w, r.weight, 0), 0.0),
+        (w.grad, cast(dy, r.grad_output, 0).t(), cast(x, r.input, 0), 0.0),
     ):
         exact = a @ b + extra
         error = (got.detach().double().reshape(exact.shape) - exact).abs()
@@ -109,11 +116,30 @@ def saved_tensors(run):
     return saved
 
 
-def test_autograd_keeps_one_byte_an_element_of_the_input():
-    layer, x = linear(bias=False), batch(128, 64)
-    saved = saved_tensors(lambda: layer(x))
-    activations = [t for t in saved if t.data_ptr() != layer.weight.data_ptr() and t.numel() > 1]
-    assert [(t.dtype, t.numel()) for t in activations] == [(E4, 128 * 64)]
+@pytest.mark.parametrize(
+    ("preset", "dtype", "scales"),
+    [("tensorwise", E4, 1), ("rowwise", E4, 64), ("rowwise_gw_hp", torch.bfloat16, 0)],
+)
+def test_autograd_keeps_one_byte_an_element_of_the_input(preset, dtype, scales):
+    """Or, where the weight gradient stays in high precision, the input itself."""
+    layer, x = linear(bias=False, recipe=preset), batch(128, 64)
+    saved = [t for t in saved_tensors(lambda: layer(x)) if t.data_ptr() != layer.weight.data_ptr()]
+    activations = [t for t in saved if t.dtype is not torch.float32]
+    assert [(t.dtype, t.numel()) for t in activations] == [(dtype, 128 * 64)]
+    assert sum(t.numel() for t in saved if t.dtype is torch.float32) == scales
+
+
+def test_a_scale_a_row_keeps_an_outlier_in_its_row():
+    x = batch(16, 64, requires_grad=False)
+    x[3, 5] = 1e8
+    others = [i for i in range(16) if i != 3]
+    errors = {}
+    for preset in ("tensorwise", "rowwise"):
+        layer = linear(bias=False, recipe=preset)
+        exact = x[others].double() @ layer.weight.detach().double().t()
+        errors[preset] = (layer(x)[others].double() - exact).norm() / exact.norm()
+    assert errors["tensorwise"] == 1  # all else underflows
+    assert errors["rowwise"] < 2 * 2**-4  # each operand is within 2^-4 of itself
 
 
 def test_siblings_share_one_copy_of_their_input():
@@ -230,7 +256,7 @@ def test_each_thread_has_its_own_switch():
 
 
 def test_shows_its_formats():
-    assert "fp8=e4m3/e4m3/e5m2, backend=emulated" in repr(linear())
+    assert "fp8=e4m3/e4m3/e5m2 by tensor, backend=emulated" in repr(linear())
 
 
 def test_power_of_two_scales_reach_every_operand():

@@ -12,6 +12,17 @@ def test_the_default_recipe_is_tensorwise():
     assert [o.format for o in (recipe.input, recipe.weight, recipe.grad_output)] == ["e4m3", "e4m3", "e5m2"]
 
 
+def test_presets_by_row_are_e4m3_with_power_of_two_scales():
+    rowwise, accurate = PRESETS["rowwise"], PRESETS["rowwise_gw_hp"]
+    assert rowwise.input == rowwise.weight == rowwise.grad_output == Operand("e4m3", "row", power_of_two=True)
+    assert accurate == dataclasses.replace(rowwise, high_precision=("weight_grad",))
+
+
+def test_granularities_may_differ_where_they_do_not_meet():
+    recipe = Recipe(grad_output=Operand("e5m2", "row"), high_precision=("input_grad", "weight_grad"))
+    assert recipe.uses_fp8("forward")
+
+
 def test_a_recipe_is_frozen_and_hashable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Recipe().scaling = "delayed"
@@ -35,6 +46,7 @@ def test_a_mapping_overrides_fields_of_a_preset():
         (lambda: resolve_recipe({"input": {"format": "e4m2"}}), ("format", "'e4m2'", "e4m3")),
         (lambda: Operand("e3m4"), ("format", "'e3m4'", "e4m3, e5m2")),
         (lambda: Operand(granularity="column"), ("granularity", "'column'", "tensor")),
+        (lambda: Recipe(weight=Operand(granularity="row")), ("forward", "input", "tensor", "weight", "row")),
         (lambda: Recipe(scaling="static"), ("scaling", "'static'", "current")),
         (lambda: Recipe(high_precision=("wgrad",)), ("high_precision", "'wgrad'", "weight_grad")),
         (lambda: Recipe(high_precision=("forward", "input_grad", "weight_grad")), ("high_precision", "nothing")),

@@ -187,3 +187,33 @@ def test_error_sign_and_order(values, fmt, power_of_two):
     assert ((y - x.double()).abs() <= bound).all()
     assert torch.equal(y.signbit(), x.signbit())
     assert (y.diff() >= 0).all()
+
+
+@both_formats
+@both_scales
+@pytest.mark.parametrize("along", [0, 1, -1])
+def test_a_scale_a_line_is_each_line_cast_alone(fmt, power_of_two, along):
+    x = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-6, 1, 1e3, 0, 1e20])[:, None]
+    whole = quantize(x, fmt, along=along, power_of_two=power_of_two)
+    assert whole.scale.shape == ((1, 7) if along == 0 else (5, 1))
+    for i, line in enumerate(x.unbind(1 if along == 0 else 0)):
+        alone = quantize(line, fmt, power_of_two=power_of_two)
+        codes = whole.codes[:, i] if along == 0 else whole.codes[i]
+        assert torch.equal(codes.view(torch.uint8), alone.codes.view(torch.uint8))
+        assert whole.scale.flatten()[i] == alone.scale
+    transposed = dequantize(Quantized(whole.t().codes.contiguous(), whole.t().scale))
+    assert torch.equal(transposed, dequantize(whole).t())
+
+
+def test_a_non_finite_value_spoils_its_own_line_only():
+    x = torch.ones(3, 4)
+    x[1, 2] = torch.nan
+    assert dequantize(quantize(x, E4M3, along=1)).isfinite().all(dim=1).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize(("shape", "along", "scales"), [((0, 4), 1, (0, 1)), ((0, 4), 0, (1, 4)), ((4, 0), -1, (4, 1))])
+def test_no_elements_have_scales_of_one(shape, along, scales):
+    codes, scale = quantize(torch.zeros(shape), E4M3, along=along)
+    assert codes.shape == shape
+    assert scale.shape == scales
+    assert (scale == 1).all()
