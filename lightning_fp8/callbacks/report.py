@@ -34,7 +34,7 @@ class RunReport(Callback):
         self._flops = FlopCounter()
         self._gemms: list[GemmRecord] = []
         self._ledger: Ledger | None = None
-        self._first_step = 0
+        self._first_step = self._validated_at = 0
         self._table: Table | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -62,6 +62,10 @@ class RunReport(Callback):
         if self._ledger is None and trainer.global_step > self._first_step:
             self._ledger = measure_ledger(pl_module.parameters(), trainer.optimizers)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remembers which step the validation figures belong to."""
+        self._validated_at = trainer.global_step
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Takes the counters off again if the first batch fails."""
         self._counting.close()
@@ -77,7 +81,7 @@ class RunReport(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, RunLog):
                 plot_loss(logger.rows(), folder / "loss.png")
-        self._table = _table(summary, trainer, folder)
+        self._table = _table(summary, trainer, folder, self._validated_at)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Prints the table, when the progress bar is off the screen."""
@@ -100,10 +104,11 @@ class RunReport(Callback):
         }
 
 
-def _table(summary: dict[str, Any], trainer: Trainer, folder: Path) -> Table:
+def _table(summary: dict[str, Any], trainer: Trainer, folder: Path, validated_at: int) -> Table:
     per_param = summary["bytes_per_param"]
+    earlier = "" if validated_at == trainer.global_step else f", at step {validated_at:,}"
     rows = {
-        "validation loss": f"{summary.get('val/loss', float('nan')):.4f} nats a token",
+        "validation loss": f"{summary.get('val/loss', float('nan')):.4f} nats a token{earlier}",
         "perplexity": f"{summary.get('val/perplexity', float('nan')):.2f}",
         "bits per byte": _bits_per_byte(summary, trainer),
         "training speed": f"{summary['tokens_per_second']:,.0f} tokens/s",

@@ -147,3 +147,13 @@ def test_counters_are_taken_off_when_the_first_batch_fails(prepared: Path, tmp_p
     assert gemm._records == []
     assert _get_current_dispatch_mode() is None
     assert not (tmp_path / "summary.json").exists()
+
+
+@pytest.mark.parametrize(("interval", "said"), [(STEPS, "nats a token "), (2, "nats a token, at step 2")])
+def test_the_table_says_which_step_was_validated(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], interval: int, said: str
+) -> None:
+    fit(tmp_path, prepared, [RunReport()], val_check_interval=interval)
+    printed = capsys.readouterr().out
+    assert f"After {STEPS} steps" in printed
+    assert said in printed
