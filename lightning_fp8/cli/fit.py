@@ -14,7 +14,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_fp8.callbacks import RunLog
 from lightning_fp8.cli.parsers import FitParser
@@ -40,20 +40,27 @@ def run(args: list[str]) -> None:
         TokenDataModule,
         seed_everything_default=0,
         auto_configure_optimizers=False,
-        save_config_callback=SaveRunConfig,
+        save_config_callback=StartRun,
         save_config_kwargs={"overwrite": True},
         parser_class=FitParser,
         trainer_defaults={"default_root_dir": "runs/default"},
     )
 
 
-class SaveRunConfig(SaveConfigCallback):
-    """Saves the configuration of training runs only: an evaluation must not replace the one that trained."""
+class StartRun(SaveConfigCallback):
+    """Gives a training run its folder, with the configuration in it.
+
+    It acts when the data has been checked and before any logger writes. Evaluations leave the folder alone: they must
+    not replace the configuration that trained.
+    """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Writes `config.yaml` into the run's folder."""
-        if stage == "fit":
-            super().setup(trainer, pl_module, stage)
+        """Moves an earlier run out of the way, unless it is being resumed, and writes `config.yaml`."""
+        if stage != "fit":
+            return
+        if trainer.is_global_zero and not self.config.get("ckpt_path"):
+            _move_earlier_run(Path(trainer.default_root_dir))
+        super().setup(trainer, pl_module, stage)
 
 
 class FP8CLI(LightningCLI):
@@ -88,8 +95,6 @@ class FP8CLI(LightningCLI):
                 trainer_config["logger"] = loggers
             else:
                 trainer_config["logger"] = False
-        if self.subcommand == "fit" and not self._get(self.config_init, "ckpt_path"):
-            _move_earlier_run(Path(folder))
         return super().instantiate_trainer(**kwargs)
 
     def _plugin(self) -> FP8Precision | None:
@@ -101,7 +106,6 @@ class FP8CLI(LightningCLI):
         return FP8Precision(**options)
 
 
-@rank_zero_only
 def _move_earlier_run(folder: Path) -> None:
     """Keeps what an earlier run left in `folder` as `folder.1`, `folder.2`, …: nothing is lost or mixed."""
     if not (folder / "metrics.csv").exists() and not (folder / "checkpoints").exists():

@@ -88,6 +88,9 @@ def test_a_run_leaves_its_folder_and_keeps_an_earlier_one(fit: Fit) -> None:
 
     fit("--trainer.max_steps", "3", "--ckpt_path", "last")
     assert steps("run") == [0, 1, 2]
+    with pytest.raises(SystemExit):
+        fit("--data.path", "nowhere")
+    assert steps("run") == [0, 1, 2]
     assert not Path("run.2").exists()
 
 
