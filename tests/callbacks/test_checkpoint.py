@@ -58,3 +58,18 @@ def test_a_second_run_replaces_the_file(tmp_path: Path) -> None:
 def test_a_trial_run_leaves_nothing(tmp_path: Path) -> None:
     fit(tmp_path, LastCheckpoint(1), fast_dev_run=2)
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_a_save_that_breaks_off_leaves_the_checkpoint_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit(tmp_path, LastCheckpoint(2), max_steps=2)
+
+    def half(self: Trainer, filepath: str, weights_only: bool) -> None:
+        Path(filepath).write_bytes(b"half of")
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(Trainer, "save_checkpoint", half)
+    with pytest.raises(RuntimeError, match="killed"):
+        fit(tmp_path, LastCheckpoint(2), max_steps=4)
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
