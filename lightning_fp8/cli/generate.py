@@ -22,7 +22,7 @@ def continue_text(
     prompt: str,
     tokenizer: str | None = None,
     max_new_tokens: int = 200,
-    window: int = 256,
+    window: int = 128,
     temperature: float = 0.8,
     top_k: int = 50,
     seed: int = 0,
@@ -34,7 +34,8 @@ def continue_text(
         prompt: The text to continue.
         tokenizer: A tokenizer.json; by default the one beside the checkpoint's folder, where `fit` puts it.
         max_new_tokens: How many tokens to add at most.
-        window: How many of the last tokens the model sees; at best the sequence length that it was trained with.
+        window: How many of the last tokens the model sees; at best the sequence length that it was
+            trained with; 128 is the quickstart's.
         temperature: Lower is more predictable; 0 always takes the likeliest token.
         top_k: Sample among this many likeliest tokens; 0 means all.
         seed: Of the sampling.
