@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_fp8 import FabricFP8Precision, FP8Linear, FP8Precision
+from lightning_fp8.compute import PRESETS
 from lightning_fp8.compute.gemm import record_gemms
 from lightning_fp8.optim import FP8AdamW
 
@@ -61,6 +62,22 @@ def test_a_model_that_knows_nothing_of_fp8_trains_in_it(tmp_path, weights):
     assert list(model.state_dict()) == keys
     assert set(model.seen) == {(dtype, torch.int64, torch.bfloat16, dtype)}
     assert torch.get_default_dtype() is torch.float32
+
+
+@pytest.mark.parametrize("recipe", PRESETS)
+def test_every_preset_learns_as_bf16_does(tmp_path, recipe):
+    losses = {}
+    for name, options in {"bf16": {"precision": "bf16-mixed"}, "fp8": {"plugins": [FP8Precision(recipe)]}}.items():
+        torch.manual_seed(0)
+        model = Regression()
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+        Trainer(default_root_dir=tmp_path, max_epochs=1, limit_val_batches=0, **quiet, **options).fit(
+            model, batches(40)
+        )
+        x = torch.randn(256, 32, generator=torch.Generator().manual_seed(9))
+        losses[name] = (model.net(x) - x[:, :16]).square().mean().item()
+    assert losses["bf16"] < 0.5  # of an initial 1.1
+    assert losses["fp8"] == pytest.approx(losses["bf16"], rel=0.05)
 
 
 @pytest.mark.parametrize(("eval_precision", "count"), [("fp8", 4 * 2), ("bf16", 0)])

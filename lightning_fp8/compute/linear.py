@@ -10,8 +10,8 @@ With x [M, K] (leading dimensions flattened), w [N, K] and dy [M, N]:
     input_grad   dx [M, K] = dy8 [M, N] . w8   [N, K]
     weight_grad  dw [N, K] = dy8^T [N, M] . x8 [M, K]
 
-Scales run along the dimension that a GEMM sums over. One scale a tensor serves every GEMM, so one copy of an operand
-does; with a scale a row each operand is cast once for each layout, from high precision.
+Scales run along the dimension that a GEMM sums over. One scale a tensor serves every GEMM, and so do square tiles: one
+copy of the operand will do. With scales by row, or part of a row, it is cast for each layout, from high precision.
 
 What autograd keeps is the FP8 input of weight_grad: one byte an element instead of the two of bf16. The weight is cast
 again in backward rather than kept, because a kept FP8 copy would cost another byte a parameter. Layers that receive the
@@ -28,6 +28,7 @@ from lightning_fp8.compute.autocast import fp8_enabled
 from lightning_fp8.compute.gemm import fp8_gemm
 from lightning_fp8.compute.recipe import Operand, Recipe
 from lightning_fp8.numerics import Quantized, quantize
+from lightning_fp8.numerics.quantize import Tile
 
 
 class FP8Linear(nn.Linear):
@@ -77,7 +78,9 @@ class _ThreeGemms(torch.autograd.Function):
     ) -> Tensor:
         ctx.recipe, ctx.backend = recipe, backend
         ctx.x_dtype, ctx.x_shape, ctx.bias_dtype = x.dtype, x.shape, None if bias is None else bias.dtype
-        ctx.save_for_backward(weight, *((kept or (x, None)) if ctx.needs_input_grad[3] else (None, None)))
+        ctx.tile = kept and kept.tile
+        kept_tensors = (kept.codes, kept.scale) if kept else (x, None)
+        ctx.save_for_backward(weight, *(kept_tensors if ctx.needs_input_grad[3] else (None, None)))
         if x8 is not None:
             y = fp8_gemm(x8, _cast(weight, recipe.weight, along=1).t(), dtype, backend, bias)
         else:
@@ -97,9 +100,9 @@ class _ThreeGemms(torch.autograd.Function):
         elif wants_dx:
             dx = (dy @ weight.to(dy.dtype)).to(ctx.x_dtype)
         if wants_dw and recipe.uses_fp8("weight_grad"):
-            if dy8 is None or recipe.grad_output.granularity != "tensor":
+            if dy8 is None or recipe.grad_output.tile(0) != recipe.grad_output.tile(1):
                 dy8 = _cast(dy, recipe.grad_output, along=0)
-            dw = fp8_gemm(dy8.t(), Quantized(kept, kept_scale), weight.dtype, backend)
+            dw = fp8_gemm(dy8.t(), Quantized(kept, kept_scale, ctx.tile), weight.dtype, backend)
         elif wants_dw:
             dw = (dy.t() @ _flat(kept).to(dy.dtype)).to(weight.dtype)
         if wants_db:
@@ -107,7 +110,7 @@ class _ThreeGemms(torch.autograd.Function):
         return None if dx is None else dx.view(ctx.x_shape), None, None, dw, db, None, None, None
 
 
-_Casts = dict[tuple[Operand, int | None], Quantized]
+_Casts = dict[tuple[Operand, Tile | None], Quantized]
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -121,8 +124,7 @@ def _flat(x: Tensor) -> Tensor:
 
 def _cast(x: Tensor, operand: Operand, along: int) -> Quantized:
     """Casts a matrix for a GEMM that sums over its dimension `along`."""
-    shared = None if operand.granularity == "tensor" else along
-    return quantize(x, operand.number_format, along=shared, power_of_two=operand.power_of_two)
+    return quantize(x, operand.number_format, tile=operand.tile(along), power_of_two=operand.power_of_two)
 
 
 @torch.no_grad()
@@ -135,7 +137,7 @@ def _shared_cast(x: Tensor, operand: Operand, along: int) -> Quantized:
     if version != x._version:
         casts = _Casts()
         x._fp8_casts = (x._version, casts)  # type: ignore[attr-defined]
-    key = operand, None if operand.granularity == "tensor" else along
+    key = operand, operand.tile(along)
     if key not in casts:
         casts[key] = _cast(_flat(x), operand, along)
     return casts[key]

@@ -17,9 +17,19 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from lightning_fp8.numerics.formats import FORMATS, Format
+from lightning_fp8.numerics.quantize import Tile
 
 Gemm = Literal["forward", "input_grad", "weight_grad"]
 GEMMS: tuple[Gemm, ...] = get_args(Gemm)
+_TILES: dict[str, Tile | None] = {
+    "tensor": None,
+    "row": (1, None),
+    "block_1x128": (1, 128),
+    "block_128x128": (128, 128),
+    "mx_1x32": (1, 32),
+}
+# Granularities of two operands that hardware multiplies (torch's scaled_mm, cuBLASLt).
+_PAIRS = {(name, name) for name in ("tensor", "row", "block_1x128", "mx_1x32")} | {("block_1x128", "block_128x128")}
 _OPERANDS: dict[Gemm, tuple[str, str]] = {
     "forward": ("input", "weight"),
     "input_grad": ("grad_output", "weight"),
@@ -40,23 +50,33 @@ class Operand:
 
     Attributes:
         format: "e4m3" (precision) or "e5m2" (range).
-        granularity: What shares a scale: the whole operand ("tensor"), or each of its lines along the dimension that
-            the GEMM sums over ("row").
+        granularity: What shares a scale: the whole operand ("tensor"); along the dimension that the GEMM sums over,
+            each line ("row"), each 128 or 32 elements of a line ("block_1x128", "mx_1x32"); or each square tile
+            ("block_128x128"). "mx_1x32" is the OCP's microscaling format: its scales are powers of two.
         power_of_two: Round scales up to powers of two.
     """
 
     format: Literal["e4m3", "e5m2"] = "e4m3"
-    granularity: Literal["tensor", "row"] = "tensor"
+    granularity: Literal["tensor", "row", "block_1x128", "block_128x128", "mx_1x32"] = "tensor"
     power_of_two: bool = False
 
     def __post_init__(self) -> None:
         _check_choice("format", self.format, tuple(FORMATS))
-        _check_choice("granularity", self.granularity, ("tensor", "row"))
+        _check_choice("granularity", self.granularity, tuple(_TILES))
+        if self.granularity == "mx_1x32" and not self.power_of_two:
+            raise ValueError(
+                "FP8 recipe: granularity 'mx_1x32' has power-of-two scales by definition; set power_of_two."
+            )
 
     @property
     def number_format(self) -> Format:
         """The format as numbers."""
         return FORMATS[self.format]
+
+    def tile(self, along: int) -> Tile | None:
+        """What shares a scale in a matrix whose dimension `along` is summed over; see `numerics.quantize`."""
+        tile = _TILES[self.granularity]
+        return tile if tile is None or along == 1 else (tile[1], tile[0])
 
 
 @dataclass(frozen=True)
@@ -88,12 +108,12 @@ class Recipe:
             )
 
         for gemm, (a, b) in _OPERANDS.items():
-            granularities = getattr(self, a).granularity, getattr(self, b).granularity
-            if self.uses_fp8(gemm) and granularities[0] != granularities[1]:
+            pair = getattr(self, a).granularity, getattr(self, b).granularity
+            if self.uses_fp8(gemm) and pair not in _PAIRS:
                 raise ValueError(
-                    f"Recipe: the {gemm} GEMM multiplies {a}, scaled by {granularities[0]}, and {b}, scaled by"
-                    f" {granularities[1]}; FP8 hardware wants one granularity. Make them equal, or name {gemm} in"
-                    " high_precision."
+                    f"Recipe: the {gemm} GEMM multiplies {a}, scaled by {pair[0]}, and {b}, scaled by {pair[1]}, which"
+                    " no FP8 hardware does. Give both the same granularity (a weight by block_128x128 goes with"
+                    f" block_1x128), or name {gemm} in high_precision."
                 )
 
     def uses_fp8(self, gemm: Gemm) -> bool:
@@ -103,10 +123,14 @@ class Recipe:
 
 _ROW = Operand(granularity="row", power_of_two=True)
 _ROWWISE = Recipe(input=_ROW, weight=_ROW, grad_output=_ROW)
+_BLOCK = Operand(granularity="block_1x128")
+_MX = Operand(granularity="mx_1x32", power_of_two=True)
 PRESETS = {
     "tensorwise": Recipe(),  # the fastest
     "rowwise": _ROWWISE,  # an outlier blurs its own row only
-    "rowwise_gw_hp": dataclasses.replace(_ROWWISE, high_precision=("weight_grad",)),  # the most accurate
+    "rowwise_gw_hp": dataclasses.replace(_ROWWISE, high_precision=("weight_grad",)),  # the gradient that trains in bf16
+    "blockwise": Recipe(input=_BLOCK, weight=Operand(granularity="block_128x128"), grad_output=_BLOCK),  # DeepSeek-V3's
+    "mxfp8": Recipe(input=_MX, weight=_MX, grad_output=_MX),  # Blackwell's
 }
 
 

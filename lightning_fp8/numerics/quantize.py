@@ -1,4 +1,4 @@
-"""Casting tensors to FP8 and back, with one scale for the whole tensor or one for each line of it.
+"""Casting tensors to FP8 and back, with one scale for the whole tensor, for each line or for each tile of it.
 
     scale = amax(x) / format.max            codes = saturate(x / scale)            x ~ codes * scale
 
@@ -16,10 +16,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_fp8.numerics.formats import E4M3, Format
 
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+
+
+Tile = tuple[int | None, int | None]
 
 
 class Quantized(NamedTuple):
@@ -27,15 +31,18 @@ class Quantized(NamedTuple):
 
     Attributes:
         codes: float8, any shape.
-        scale: fp32, what decodes them: a scalar, or of the shape of `codes` with size 1 along one dimension.
+        scale: fp32, what decodes them. Without a tile it broadcasts against `codes`: a scalar, or one a line.
+        tile: (rows, columns) of a matrix that share a scale, `scale` being [ceil(M / rows), ceil(K / columns)]; or
+            None.
     """
 
     codes: Tensor
     scale: Tensor
+    tile: tuple[int, int] | None = None
 
     def t(self) -> "Quantized":
         """The transpose of a matrix; a view."""
-        return Quantized(self.codes.t(), self.scale.t())
+        return Quantized(self.codes.t(), self.scale.t(), self.tile and (self.tile[1], self.tile[0]))
 
 
 def amax(x: Tensor, along: int | None = None) -> Tensor:
@@ -71,26 +78,45 @@ def scale_of(amax: Tensor, fmt: Format, *, power_of_two: bool = False) -> Tensor
     return torch.where(amax == 0, torch.ones_like(scale), scale)
 
 
-def quantize(x: Tensor, fmt: Format, *, along: int | None = None, power_of_two: bool = False) -> Quantized:
+def quantize(x: Tensor, fmt: Format, *, tile: Tile | None = None, power_of_two: bool = False) -> Quantized:
     """Casts `x` to `fmt`, round to nearest even, saturating.
 
     Args:
-        x: bf16, fp16 or fp32, any shape.
+        x: bf16, fp16 or fp32; a matrix if there is a tile, else of any shape.
         fmt: The target format.
-        along: The dimension whose elements share a scale (-1: a scale for each row); None: all share one.
+        tile: (rows, columns) that share a scale, where None is all of them: (1, None) is a scale for each row,
+            (1, 128) one for each 128 elements of a row, cut short at its end. No tile: all elements share one.
         power_of_two: See `scale_of`.
 
     Returns:
         Contiguous codes of the shape of `x` and their scales.
     """
-    scale = scale_of(amax(x, along), fmt, power_of_two=power_of_two)
-    scaled = (x.float() / scale).clamp_(-fmt.max, fmt.max)
-    return Quantized(scaled.to(fmt.dtype).contiguous(), scale)
+    if tile is not None and None not in tile:
+        return _quantize_tiles(x, fmt, (tile[0] or 1, tile[1] or 1), power_of_two)
+    scale = scale_of(amax(x, None if tile is None else tile.index(None)), fmt, power_of_two=power_of_two)
+    return Quantized(_saturate(x.float() / scale, fmt).contiguous(), scale)
+
+
+def _quantize_tiles(x: Tensor, fmt: Format, tile: tuple[int, int], power_of_two: bool) -> Quantized:
+    (m, k), (rows, columns) = x.shape, tile
+    padded = F.pad(x.float(), (0, -k % columns, 0, -m % rows))
+    tiles = padded.view(padded.shape[0] // rows, rows, padded.shape[1] // columns, columns)
+    scale = scale_of(tiles.abs().amax(dim=(1, 3)), fmt, power_of_two=power_of_two)
+    codes = _saturate(tiles / scale[:, None, :, None], fmt).view(padded.shape)
+    return Quantized(codes[:m, :k].contiguous(), scale, tile)
+
+
+def _saturate(scaled: Tensor, fmt: Format) -> Tensor:
+    return scaled.clamp(-fmt.max, fmt.max).to(fmt.dtype)
 
 
 def dequantize(x: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
     """The values that `x` stands for, computed in fp32 and rounded once to `dtype`."""
-    return (decode(x.codes, torch.float32) * x.scale).to(dtype)
+    scale = x.scale
+    if x.tile is not None:
+        m, k = x.codes.shape
+        scale = scale.repeat_interleave(x.tile[0], 0)[:m].repeat_interleave(x.tile[1], 1)[:, :k]
+    return (decode(x.codes, torch.float32) * scale).to(dtype)
 
 
 def decode(codes: Tensor, dtype: torch.dtype) -> Tensor:

@@ -55,9 +55,21 @@ def test_agrees_with_the_scaled_matrix_product_of_torch():
 
 def test_agrees_with_the_scaled_matrix_product_of_torch_by_row():
     a, b = torch.randn(16, 32), torch.randn(16, 32)
-    a8, b8 = quantize(a, E4M3, along=1), quantize(b, E4M3, along=1).t()
+    a8, b8 = quantize(a, E4M3, tile=(1, None)), quantize(b, E4M3, tile=(1, None)).t()
     expected = torch._scaled_mm(a8.codes, b8.codes, a8.scale, b8.scale, out_dtype=torch.bfloat16)
     torch.testing.assert_close(fp8_gemm(a8, b8, torch.bfloat16, "emulated"), expected, rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize(("tile_a", "tile_b"), [((1, 128), (1, 128)), ((1, 128), (128, 128)), ((1, 32), (1, 32))])
+@pytest.mark.parametrize("k", [256, 200])
+def test_scales_that_vary_within_the_sum_are_applied_inside_it(tile_a, tile_b, k):
+    generator = torch.Generator().manual_seed(k)
+    a, b = (torch.randn(48, k, generator=generator) * torch.logspace(-4, 4, k) for _ in "ab")
+    a8, b8 = quantize(a, E4M3, tile=tile_a), quantize(b, E4M3, tile=tile_b).t()
+    exact = dequantize(a8).double() @ dequantize(b8).double()
+    absolute = dequantize(a8).double().abs() @ dequantize(b8).double().abs()
+    y = fp8_gemm(a8, b8, torch.float32, "emulated")
+    assert ((y.double() - exact).abs() <= k * 2**-24 * absolute).all()
 
 
 def test_autocast_does_not_reach_into_the_product(monkeypatch):

@@ -35,14 +35,13 @@ def bound(exact, absolute, k, dtype):
 def cast(t, operand, along):
     """What a GEMM that sums over dimension `along` of the matrix `t` should see, in fp64."""
     t = t.detach().reshape(-1, t.shape[-1])
-    shared = along if operand.granularity == "row" else None
-    options = {"along": shared, "power_of_two": operand.power_of_two}
-    return dequantize(quantize(t, operand.number_format, **options), torch.float64)
+    options = {"tile": operand.tile(along), "power_of_two": operand.power_of_two}
+    return dequantize(quantize(t, operand.number_format, **options)).double()
 
 
 @pytest.mark.parametrize("shape", [(16, 64), (2, 8, 64), (2, 3, 5, 64), (1, 64), (64,)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("preset", ["tensorwise", "rowwise"])
+@pytest.mark.parametrize("preset", [name for name in PRESETS if not PRESETS[name].high_precision])
 def test_three_gemms_are_products_of_the_cast_operands(shape, dtype, preset):
     layer, x = linear(dtype=dtype, recipe=preset), batch(*shape, dtype=dtype)
     y = layer(x)
@@ -118,7 +117,13 @@ def saved_tensors(run):
 
 @pytest.mark.parametrize(
     ("preset", "dtype", "scales"),
-    [("tensorwise", E4, 1), ("rowwise", E4, 64), ("rowwise_gw_hp", torch.bfloat16, 0)],
+    [
+        ("tensorwise", E4, 1),
+        ("rowwise", E4, 64),
+        ("rowwise_gw_hp", torch.bfloat16, 0),
+        ("blockwise", E4, 64),
+        ("mxfp8", E4, 4 * 64),
+    ],
 )
 def test_autograd_keeps_one_byte_an_element_of_the_input(preset, dtype, scales):
     """Or, where the weight gradient stays in high precision, the input itself."""
@@ -127,6 +132,14 @@ def test_autograd_keeps_one_byte_an_element_of_the_input(preset, dtype, scales):
     activations = [t for t in saved if t.dtype is not torch.float32]
     assert [(t.dtype, t.numel()) for t in activations] == [(dtype, 128 * 64)]
     assert sum(t.numel() for t in saved if t.dtype is torch.float32) == scales
+
+
+def test_square_tiles_serve_both_layouts_with_one_copy():
+    recipe = {"preset": "blockwise", "high_precision": ["weight_grad"]}
+    layer, x = linear(k=160, n=256, bias=False, recipe=recipe), batch(4, 160)
+    forward, backward = (cast(layer.weight, layer.fp8_recipe.weight, along) for along in (1, 0))
+    assert torch.equal(forward, backward)
+    assert layer(x).shape == (4, 256)
 
 
 def test_a_scale_a_row_keeps_an_outlier_in_its_row():

@@ -18,6 +18,31 @@ def test_presets_by_row_are_e4m3_with_power_of_two_scales():
     assert accurate == dataclasses.replace(rowwise, high_precision=("weight_grad",))
 
 
+def test_presets_by_block():
+    blockwise, mx = PRESETS["blockwise"], PRESETS["mxfp8"]
+    assert [o.granularity for o in (blockwise.input, blockwise.weight, blockwise.grad_output)] == [
+        "block_1x128",
+        "block_128x128",
+        "block_1x128",
+    ]
+    assert mx.input == mx.weight == mx.grad_output == Operand("e4m3", "mx_1x32", power_of_two=True)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "rows", "columns"),
+    [
+        ("tensor", None, None),
+        ("row", (1, None), (None, 1)),
+        ("block_1x128", (1, 128), (128, 1)),
+        ("block_128x128", (128, 128), (128, 128)),
+        ("mx_1x32", (1, 32), (32, 1)),
+    ],
+)
+def test_tiles_lie_along_the_sum(granularity, rows, columns):
+    operand = Operand(granularity=granularity, power_of_two=True)
+    assert (operand.tile(1), operand.tile(0)) == (rows, columns)
+
+
 def test_granularities_may_differ_where_they_do_not_meet():
     recipe = Recipe(grad_output=Operand("e5m2", "row"), high_precision=("input_grad", "weight_grad"))
     assert recipe.uses_fp8("forward")
@@ -46,6 +71,8 @@ def test_a_mapping_overrides_fields_of_a_preset():
         (lambda: resolve_recipe({"input": {"format": "e4m2"}}), ("format", "'e4m2'", "e4m3")),
         (lambda: Operand("e3m4"), ("format", "'e3m4'", "e4m3, e5m2")),
         (lambda: Operand(granularity="column"), ("granularity", "'column'", "tensor")),
+        (lambda: Operand(granularity="mx_1x32"), ("mx_1x32", "power_of_two")),
+        (lambda: Recipe(weight=Operand(granularity="block_128x128")), ("tensor", "block_128x128", "block_1x128")),
         (lambda: Recipe(weight=Operand(granularity="row")), ("forward", "input", "tensor", "weight", "row")),
         (lambda: Recipe(scaling="static"), ("scaling", "'static'", "current")),
         (lambda: Recipe(high_precision=("wgrad",)), ("high_precision", "'wgrad'", "weight_grad")),

@@ -45,7 +45,7 @@ def test_every_bf16_value_rounds_to_nearest_even(fmt, exponent):
     # The tensor's largest magnitude is fmt.max * 2^exponent, so its scale is 2^exponent and the division is exact.
     x = all_bf16()
     x = x[x.abs() <= fmt.max * 2.0**exponent]
-    codes, scale = quantize(x.bfloat16(), fmt)
+    codes, scale, _ = quantize(x.bfloat16(), fmt)
     assert scale == 2.0**exponent
     assert torch.equal(codes.view(torch.uint8), reference_codes(x.numpy() / np.float32(2.0**exponent), fmt))
 
@@ -54,7 +54,7 @@ def test_every_bf16_value_rounds_to_nearest_even(fmt, exponent):
 @both_scales
 def test_every_bf16_value_at_once(fmt, power_of_two):
     x = all_bf16()
-    codes, scale = quantize(x.bfloat16(), fmt, power_of_two=power_of_two)
+    codes, scale, _ = quantize(x.bfloat16(), fmt, power_of_two=power_of_two)
     assert torch.equal(codes.view(torch.uint8), reference_codes(x.numpy() / scale.numpy(), fmt))
     assert codes.float().abs().max() <= fmt.max
 
@@ -191,10 +191,10 @@ def test_error_sign_and_order(values, fmt, power_of_two):
 
 @both_formats
 @both_scales
-@pytest.mark.parametrize("along", [0, 1, -1])
-def test_a_scale_a_line_is_each_line_cast_alone(fmt, power_of_two, along):
+@pytest.mark.parametrize(("along", "tile"), [(0, (None, 1)), (1, (1, None))])
+def test_a_scale_a_line_is_each_line_cast_alone(fmt, power_of_two, along, tile):
     x = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-6, 1, 1e3, 0, 1e20])[:, None]
-    whole = quantize(x, fmt, along=along, power_of_two=power_of_two)
+    whole = quantize(x, fmt, tile=tile, power_of_two=power_of_two)
     assert whole.scale.shape == ((1, 7) if along == 0 else (5, 1))
     for i, line in enumerate(x.unbind(1 if along == 0 else 0)):
         alone = quantize(line, fmt, power_of_two=power_of_two)
@@ -208,12 +208,49 @@ def test_a_scale_a_line_is_each_line_cast_alone(fmt, power_of_two, along):
 def test_a_non_finite_value_spoils_its_own_line_only():
     x = torch.ones(3, 4)
     x[1, 2] = torch.nan
-    assert dequantize(quantize(x, E4M3, along=1)).isfinite().all(dim=1).tolist() == [True, False, True]
+    assert dequantize(quantize(x, E4M3, tile=(1, None))).isfinite().all(dim=1).tolist() == [True, False, True]
 
 
-@pytest.mark.parametrize(("shape", "along", "scales"), [((0, 4), 1, (0, 1)), ((0, 4), 0, (1, 4)), ((4, 0), -1, (4, 1))])
-def test_no_elements_have_scales_of_one(shape, along, scales):
-    codes, scale = quantize(torch.zeros(shape), E4M3, along=along)
-    assert codes.shape == shape
-    assert scale.shape == scales
-    assert (scale == 1).all()
+TILES = [(1, 128), (128, 1), (128, 128), (1, 32), (3, 5)]
+
+
+@both_formats
+@both_scales
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("shape", [(256, 128), (130, 200), (1, 1), (7, 33)])
+def test_a_tile_is_cast_as_if_it_were_alone(fmt, power_of_two, tile, shape):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(shape, generator=generator) * torch.randn(shape, generator=generator).mul(5).exp()
+    whole = quantize(x, fmt, tile=tile, power_of_two=power_of_two)
+    values = dequantize(whole)
+    rows, columns = tile
+    assert whole.scale.shape == (-(-shape[0] // rows), -(-shape[1] // columns))
+    for i in range(0, shape[0], max(rows, shape[0] // 3)):
+        for j in range(0, shape[1], max(columns, shape[1] // 3)):
+            i0, j0 = i // rows * rows, j // columns * columns
+            area = (slice(i0, i0 + rows), slice(j0, j0 + columns))
+            alone = quantize(x[area], fmt, power_of_two=power_of_two)
+            assert torch.equal(whole.codes[area].view(torch.uint8), alone.codes.view(torch.uint8))
+            assert torch.equal(values[area], dequantize(alone))
+    assert torch.equal(dequantize(whole.t()), values.t())
+
+
+def test_microscaling_never_saturates_and_uses_the_range():
+    """E8M0 scales are rounded up, so the largest of a block lies in the upper half of the format's range."""
+    x = torch.randn(64, 96, generator=torch.Generator().manual_seed(2)).mul(3).exp()
+    codes, scale, _ = quantize(x, E4M3, tile=(1, 32), power_of_two=True)
+    mantissa, _ = torch.frexp(scale)
+    assert (mantissa == 0.5).all()
+    largest = codes.float().abs().view(64, 3, 32).amax(dim=2)
+    assert ((largest >= 448 / 2) & (largest <= 448)).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "tile", "scales"),
+    [((0, 4), (1, None), (0, 1)), ((0, 4), (None, 1), (1, 4)), ((4, 0), (1, None), (4, 1)), ((0, 4), (1, 32), (0, 1))],
+)
+def test_no_elements_have_scales_of_one(shape, tile, scales):
+    whole = quantize(torch.zeros(shape), E4M3, tile=tile)
+    assert whole.codes.shape == shape
+    assert whole.scale.shape == scales
+    assert (whole.scale == 1).all()
