@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-from jsonargparse import auto_cli
-
-from lightning_fp8.cli.parsers import OneLineErrors
+from lightning_fp8.cli.parsers import call_from_command_line
 from lightning_fp8.data.tokenizer import END_OF_TEXT, load_tokenizer
 from lightning_fp8.models.generate import generate
 from lightning_fp8.models.lit import load_decoder
@@ -12,9 +10,7 @@ from lightning_fp8.models.lit import load_decoder
 
 def run(args: list[str]) -> None:
     """Runs `continue_text` with the options in `args`, the verb first."""
-    auto_cli(
-        continue_text, args=args[1:], prog="lightning-fp8 generate", as_positional=False, parser_class=OneLineErrors
-    )
+    call_from_command_line(continue_text, args)
 
 
 def continue_text(

@@ -1,9 +1,10 @@
 """Parsers that say what is wrong with an option in one or two lines instead of printing the whole usage."""
 
 import sys
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, auto_cli
 from lightning.pytorch.cli import LightningArgumentParser
 
 
@@ -20,3 +21,9 @@ class OneLineErrors(ArgumentParser):
 
 class FitParser(OneLineErrors, LightningArgumentParser):
     """The parser of LightningCLI with short errors."""
+
+
+def call_from_command_line(function: Callable[..., Any], args: list[str]) -> None:
+    """Calls `function` with the options in `args`, the verb first; `-c` and `--config` read them from YAML."""
+    verb, *options = ("--config" if arg == "-c" else arg for arg in args)  # as LightningCLI has it
+    auto_cli(function, args=options, prog=f"lightning-fp8 {verb}", as_positional=False, parser_class=OneLineErrors)
