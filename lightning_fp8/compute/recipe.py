@@ -126,7 +126,7 @@ _ROWWISE = Recipe(input=_ROW, weight=_ROW, grad_output=_ROW)
 _BLOCK = Operand(granularity="block_1x128")
 _MX = Operand(granularity="mx_1x32", power_of_two=True)
 PRESETS = {
-    "tensorwise": Recipe(),  # the fastest
+    "tensorwise": Recipe(),  # the least work
     "rowwise": _ROWWISE,  # an outlier blurs its own row only
     "rowwise_gw_hp": dataclasses.replace(_ROWWISE, high_precision=("weight_grad",)),  # the gradient that trains in bf16
     "blockwise": Recipe(input=_BLOCK, weight=Operand(granularity="block_128x128"), grad_output=_BLOCK),  # DeepSeek-V3's
@@ -147,11 +147,16 @@ def resolve_recipe(recipe: str | Mapping[str, Any] | Recipe) -> Recipe:
         return PRESETS[recipe]
     changes = dict(recipe)
     base = resolve_recipe(changes.pop("preset", "tensorwise"))
-    names = tuple(f.name for f in dataclasses.fields(Recipe))
     for name, value in changes.items():
-        _check_choice("field", name, names)
+        _check_choice("field", name, _names(Recipe))
         if isinstance(value, Mapping):
+            for key in value:
+                _check_choice(f"field of {name}", key, _names(Operand))
             changes[name] = dataclasses.replace(getattr(base, name), **value)
         elif isinstance(value, list):
             changes[name] = tuple(value)
     return dataclasses.replace(base, **changes)
+
+
+def _names(cls: type[Operand] | type[Recipe]) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(cls))

@@ -68,6 +68,7 @@ def test_a_mapping_overrides_fields_of_a_preset():
     [
         (lambda: resolve_recipe("tensorwize"), ("'tensorwize'", "'tensorwise'")),
         (lambda: resolve_recipe({"high_precison": []}), ("'high_precison'", "'high_precision'")),
+        (lambda: resolve_recipe({"input": {"fromat": "e4m3"}}), ("field of input", "'fromat'", "'format'")),
         (lambda: resolve_recipe({"input": {"format": "e4m2"}}), ("format", "'e4m2'", "e4m3")),
         (lambda: Operand("e3m4"), ("format", "'e3m4'", "e4m3, e5m2")),
         (lambda: Operand(granularity="column"), ("granularity", "'column'", "tensor")),
