@@ -136,7 +136,8 @@ def _shared_cast(x: Tensor, operand: Operand, along: int) -> Quantized:
     version, casts = getattr(x, "_fp8_casts", (-1, _Casts()))
     if version != x._version:
         casts = _Casts()
-        x._fp8_casts = (x._version, casts)  # type: ignore[attr-defined]
+        carrier: Any = x  # whose type does not know the attribute
+        carrier._fp8_casts = (x._version, casts)
     key = operand, operand.tile(along)
     if key not in casts:
         casts[key] = _cast(_flat(x), operand, along)

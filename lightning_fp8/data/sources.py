@@ -117,24 +117,6 @@ def read_documents(file: SourceFile) -> Iterator[str]:
     return (text for text in readers.get(file.path.suffix, _read_text)(file.path) if text)
 
 
-def iter_documents(sources: Sequence[str]) -> Iterator[Document]:
-    """Read every document of the sources, leaving out files that are not UTF-8 text.
-
-    Args:
-        sources: As for `list_files`.
-
-    Yields:
-        The documents, in the order of `list_files`.
-
-    Raises:
-        ValueError: As for `list_files` and `read_documents`.
-    """
-    for file in list_files(sources):
-        if inspect_file(file)[1]:
-            for text in read_documents(file):
-                yield Document(file.name, text)
-
-
 def choose_split(files: Sequence[SourceFile], seed: int, val_fraction: float) -> Split:
     """Choose to split by file, or by document where whole files would leave a split empty.
 

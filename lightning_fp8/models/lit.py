@@ -75,7 +75,8 @@ class DecoderLM(LightningModule):
         """Logits [B, T, V] of the next token."""
         if self.decoder is None:
             self.configure_model()
-        logits_btv: Tensor = self.decoder(tokens_bt)  # type: ignore[misc]
+        decoder: Any = self.decoder
+        logits_btv: Tensor = decoder(tokens_bt)
         return logits_btv
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:

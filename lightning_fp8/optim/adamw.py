@@ -29,7 +29,6 @@ from lightning_fp8.optim import blocks
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Moments = FP8Moments | FP32Moments
 
-_FORMATS: dict[str, type[FP8Moments] | type[FP32Moments]] = {"fp8": FP8Moments, "fp32": FP32Moments}
 _PER_BLOCK = ("m_scale", "v_max", "v_octaves")  # state with one number a block; all other has one an element
 _EXACT_STATE = ("step", *FP8Moments._fields, *FP32Moments._fields)
 _CHUNK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 24}  # temporaries that stay in a CPU's caches, or fill a GPU
@@ -275,7 +274,7 @@ def _plain(name: str) -> str:
 
 def _check_group(group: dict[str, Any]) -> None:
     """Raises ValueError naming the field, what it is and what it may be."""
-    choices = {"moments": tuple(_FORMATS), "rounding": ("stochastic", "nearest")}
+    choices = {"moments": ("fp8", "fp32"), "rounding": ("stochastic", "nearest")}
     for name, allowed in choices.items():
         if group[name] not in allowed:
             raise ValueError(f"FP8AdamW: {name} {group[name]!r} is not one of {', '.join(allowed)}.")

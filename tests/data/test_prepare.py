@@ -17,7 +17,7 @@ from litdata.streaming.item_loader import TokensLoader
 
 from lightning_fp8.data import END_OF_TEXT, Manifest, load_tokenizer, prepare
 from lightning_fp8.data.manifest import MANIFEST_VERSION
-from lightning_fp8.data.sources import Document, iter_documents, list_files
+from lightning_fp8.data.sources import Document, inspect_file, list_files, read_documents
 
 PREPARE = importlib.import_module("lightning_fp8.data.prepare")  # the package's attribute is the function
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu"]
@@ -26,6 +26,13 @@ OPTIONS = {"vocab_size": 300, "val_fraction": 0.3}
 
 def words(seed: int, count: int = 60) -> str:
     return " ".join(random.Random(seed).choices(WORDS, k=count)) + "\n"
+
+
+def iter_documents(sources):
+    """Every document of the readable files of the sources."""
+    for file in list_files(sources):
+        if inspect_file(file)[1]:
+            yield from (Document(file.name, text) for text in read_documents(file))
 
 
 @pytest.fixture
