@@ -1,11 +1,14 @@
 """The only place that asks a device, a driver or an import what it can do."""
 
-import functools
+from collections.abc import Collection
+from dataclasses import dataclass
 
 import torch
 
+# Asked once, when the module is imported: a compiled graph cannot ask.
+_CPU_HAS_MATRIX_UNITS = bool(torch.cpu.get_capabilities().get("amx_bf16", False))
 
-@functools.cache
+
 def emulation_dtype(device_type: str) -> torch.dtype:
     """The dtype in which an emulated FP8 GEMM runs fastest on this kind of device.
 
@@ -16,10 +19,46 @@ def emulation_dtype(device_type: str) -> torch.dtype:
     Args:
         device_type: As in `torch.device.type`.
     """
-    if device_type != "cpu":
-        return torch.bfloat16
-    has_matrix_unit = torch.cpu.get_capabilities().get("amx_bf16", False)
-    return torch.bfloat16 if has_matrix_unit else torch.float32
+    return torch.bfloat16 if device_type != "cpu" or _CPU_HAS_MATRIX_UNITS else torch.float32
+
+
+def why_not_native(granularities: Collection[str]) -> str | None:
+    """Why this machine's hardware cannot run FP8 GEMMs with operands scaled so; None if it can.
+
+    The rules are cuBLASLt's and those of torch's `scaled_mm` (see `compute/gemm/rules.py`).
+
+    Args:
+        granularities: As in `compute.recipe.Operand.granularity`.
+    """
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    if torch.version.hip:
+        return "on AMD devices it has not been tried"
+    capability = torch.cuda.get_device_capability()
+    device = f"{torch.cuda.get_device_name()} (sm_{capability[0]}{capability[1]})"
+    if capability < (8, 9):
+        return f"{device} has no FP8 GEMMs; they need sm_89 (Ada) or later"
+    for granularity in granularities:
+        needs, can = {
+            "tensor": ("", True),
+            "row": ("sm_89 to sm_100", capability[0] < 12),
+            "block_1x128": ("sm_90 (Hopper) and CUDA 12.9", capability[0] == 9 and _cuda_version() >= (12, 9)),
+            "block_128x128": ("sm_90 (Hopper) and CUDA 12.9", capability[0] == 9 and _cuda_version() >= (12, 9)),
+            "mx_1x32": ("sm_100 (Blackwell) or later", capability[0] >= 10),
+        }[granularity]
+        if not can:
+            return f"scales by {granularity} need {needs}, this is {device} with CUDA {torch.version.cuda}"
+    return None
+
+
+def _cuda_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in (torch.version.cuda or "0.0").split("."))
+
+
+def wait_for(device: torch.device) -> None:
+    """Returns when all that was asked of `device` is done; CPUs are done when they return."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def describe_device() -> str:
@@ -32,5 +71,37 @@ def describe_device() -> str:
 
 def describe_fp8() -> str:
     """How FP8 GEMMs run on this machine, in words."""
+    problem = why_not_native(("tensor",))
+    if problem is None:
+        return "native"
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    return f"emulated, in {str(emulation_dtype(device_type)).removeprefix('torch.')} GEMMs"
+    return f"emulated, in {str(emulation_dtype(device_type)).removeprefix('torch.')} GEMMs: {problem}"
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """What a device's datasheet says of it.
+
+    Attributes:
+        name: As its maker calls it.
+        bf16: Dense bf16 matrix FLOP/s, fp32 accumulation.
+        fp8: Dense FP8 matrix FLOP/s.
+        bandwidth: Of its memory, bytes/s.
+    """
+
+    name: str
+    bf16: float
+    fp8: float
+    bandwidth: float
+
+
+# NVIDIA's datasheets of H100 SXM5, H200 SXM, B200 (HGX), L40S and the Ada white paper; AMD's of MI300X. All dense:
+# where a datasheet gives figures with sparsity, half of them.
+ACCELERATORS = {
+    "h100": Accelerator("H100 SXM", 989.4e12, 1978.9e12, 3.35e12),
+    "h200": Accelerator("H200 SXM", 989.4e12, 1978.9e12, 4.8e12),
+    "b200": Accelerator("B200", 2250e12, 4500e12, 8.0e12),
+    "l40s": Accelerator("L40S", 362.05e12, 733e12, 0.864e12),
+    "rtx4090": Accelerator("GeForce RTX 4090", 165.2e12, 330.3e12, 1.008e12),
+    "mi300x": Accelerator("MI300X", 1307.4e12, 2614.9e12, 5.3e12),
+}

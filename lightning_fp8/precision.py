@@ -4,6 +4,7 @@
     init contexts       new modules and tensors get the weights' dtype
     forward_context     FP8 on; default dtype bf16 (weights "bf16") or torch.autocast to bf16 (weights "fp32")
     *_step_context      the same with FP8 on or off for evaluation, as `eval_precision` says
+    optimizer_step      delayed scales advance, cached weight casts end
     connect             the optimizer is checked before the first step
 
 Weights "fp32", the default, is safe with any optimizer: fp32 weights, bf16 compute, FP8 GEMMs. Weights "bf16" needs an
@@ -25,6 +26,7 @@ from torch.optim import Optimizer
 from lightning_fp8.compute.autocast import fp8_autocast
 from lightning_fp8.compute.convert import KEEP_HIGH_PRECISION, ConversionReport, convert_linears
 from lightning_fp8.compute.gemm import Backend, select_backend
+from lightning_fp8.compute.linear import end_step
 from lightning_fp8.compute.recipe import Recipe, resolve_recipe
 
 Phase = Literal["fp8", "bf16"]
@@ -39,6 +41,8 @@ class FabricFP8Precision(FabricPrecision):
         weights: Dtype of the weights: "fp32" (any optimizer) or "bf16" (an optimizer that rounds stochastically).
         keep_high_precision: Shell patterns of names of linear layers that stay out of FP8.
         eval_precision: Whether converted layers run in "fp8" or in "bf16" where no gradients are computed.
+        keep_slow: Also keep layers out of FP8 whose sizes are known to be slower in it; see `convert_linears`.
+        cache_weights: Keep the weights' FP8 copies while gradients accumulate, a byte or two a parameter.
 
     Raises:
         ValueError: Unknown recipe, backend, weights or eval_precision.
@@ -52,20 +56,25 @@ class FabricFP8Precision(FabricPrecision):
         weights: Literal["fp32", "bf16"] = "fp32",
         keep_high_precision: Sequence[str] = KEEP_HIGH_PRECISION,
         eval_precision: Phase = "fp8",
+        keep_slow: bool = False,
+        cache_weights: bool = False,
     ) -> None:
         if weights not in ("fp32", "bf16"):
             raise ValueError(f"FP8Precision: weights {weights!r} is not one of fp32, bf16.")
         if eval_precision not in ("fp8", "bf16"):
             raise ValueError(f"FP8Precision: eval_precision {eval_precision!r} is not one of fp8, bf16.")
         self.recipe = resolve_recipe(recipe)
-        self.backend = select_backend(backend)
+        self.backend = select_backend(backend, self.recipe)
         self.weights = weights
         self.keep_high_precision = tuple(keep_high_precision)
         self.eval_precision = eval_precision
+        self.keep_slow = keep_slow
+        self.cache_weights = cache_weights
         self.report = ConversionReport()
         # What Lightning and others should take the compute precision for: linear layers apart, it is this.
         self.precision = "bf16-true" if weights == "bf16" else "bf16-mixed"
         self._weights_dtype = torch.bfloat16 if weights == "bf16" else torch.float32
+        self._modules: list[nn.Module] = []  # Fabric may set up several
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Casts the weights and converts the linear layers, in place; idempotent.
@@ -75,7 +84,12 @@ class FabricFP8Precision(FabricPrecision):
         """
         module.to(self._weights_dtype)
         self.report = convert_linears(
-            module, self.recipe, keep_high_precision=self.keep_high_precision, backend=self.backend
+            module,
+            self.recipe,
+            keep_high_precision=self.keep_high_precision,
+            keep_slow=self.keep_slow,
+            cache_weights=self.cache_weights,
+            backend=self.backend,
         )
         if not self.report.converted:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in list(self.report.kept.items())[:3])
@@ -87,7 +101,8 @@ class FabricFP8Precision(FabricPrecision):
             f"FP8: {len(self.report.converted)} linear layers converted, {len(self.report.kept)} kept in high"
             f" precision; backend {self.backend}, weights {self.weights}."
         )
-        self._module = module
+        if not any(module is known for known in self._modules):
+            self._modules.append(module)
         return module
 
     def tensor_init_context(self) -> AbstractContextManager[Any]:
@@ -110,9 +125,17 @@ class FabricFP8Precision(FabricPrecision):
         """Floating-point outputs to the default dtype; integers stay."""
         return apply_to_collection(data, dtype=Tensor, function=_cast_floating, to=torch.get_default_dtype())
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Steps as Lightning does, and ends the step for the converted layers: once an accumulation window."""
+        result = super().optimizer_step(*args, **kwargs)
+        if self.recipe.scaling == "delayed" or self.cache_weights:
+            for module in self._modules:
+                end_step(module)
+        return result
+
     @contextmanager
     def _forward_context(self, phase: Phase) -> Iterator[None]:
-        device_type = next(self._module.parameters()).device.type
+        device_type = next(self._modules[-1].parameters()).device.type
         mixed = torch.autocast(device_type, torch.bfloat16) if self.weights == "fp32" else nullcontext()
         with fp8_autocast(enabled=phase == "fp8"), self.tensor_init_context(), mixed:
             yield

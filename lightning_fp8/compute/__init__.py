@@ -2,7 +2,7 @@
 
 from lightning_fp8.compute.autocast import fp8_autocast
 from lightning_fp8.compute.convert import ConversionReport, convert_linears, restore_linears
-from lightning_fp8.compute.linear import FP8Linear
+from lightning_fp8.compute.linear import FP8Linear, end_step
 from lightning_fp8.compute.recipe import PRESETS, Operand, Recipe
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Operand",
     "Recipe",
     "convert_linears",
+    "end_step",
     "fp8_autocast",
     "restore_linears",
 ]

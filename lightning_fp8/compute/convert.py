@@ -2,10 +2,11 @@
 
 Conversion swaps the class of each chosen `nn.Linear` in place (see `linear.py`), so it can run before or after an
 optimizer is built or a checkpoint is loaded, and twice. Every `nn.Linear` of the model appears in the report, either
-as converted or with the reason why it was kept.
+as converted or with the reason why it was kept; so does what torch's own attention modules multiply behind the backs
+of their linear layers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -15,9 +16,10 @@ from torch import nn
 from lightning_fp8.compute.gemm import select_backend
 from lightning_fp8.compute.linear import FP8Linear
 from lightning_fp8.compute.recipe import Recipe, resolve_recipe
+from lightning_fp8.compute.scaling import DelayedScales
+from lightning_fp8.compute.sizes import impossible, slower
 
 KEEP_HIGH_PRECISION = ("*lm_head*",)
-_MULTIPLE = 16  # hardware FP8 GEMMs want both inner sizes to be multiples of this
 
 
 @dataclass
@@ -26,7 +28,7 @@ class ConversionReport:
 
     Attributes:
         converted: Fully qualified names of the layers that run in FP8.
-        kept: Name -> reason, for every other `nn.Linear`.
+        kept: Name -> reason, for every other `nn.Linear` and for what bypasses them.
     """
 
     converted: list[str] = field(default_factory=list)
@@ -44,6 +46,8 @@ def convert_linears(
     recipe: str | Mapping[str, Any] | Recipe = "tensorwise",
     *,
     keep_high_precision: Sequence[str] = KEEP_HIGH_PRECISION,
+    keep_slow: bool = False,
+    cache_weights: bool = False,
     backend: str = "auto",
 ) -> ConversionReport:
     """Converts the linear layers of `module` to FP8, in place; idempotent.
@@ -52,45 +56,61 @@ def convert_linears(
         module: Any model. The root itself is converted too if it is an `nn.Linear`.
         recipe: A preset's name, a mapping as in YAML, or a `Recipe`.
         keep_high_precision: Shell patterns of layer names to leave as they are.
+        keep_slow: Also keep layers of sizes for which FP8 is known to be slower than bf16 on FP8 hardware (the table
+            is in `compute/sizes.py`). Off by default, so that a model computes the same everywhere, and because FP8
+            saves memory at any size.
+        cache_weights: Keep the FP8 copies of the weights until the optimizer steps, a byte a parameter (two where
+            scales are finer than a tensor): faster under gradient accumulation. Call `end_step` after each step.
         backend: "auto", or the name of a GEMM backend.
 
     Returns:
         Every linear layer, converted or kept with the reason.
 
     Raises:
-        ValueError: Unknown recipe or backend.
+        ValueError: Unknown recipe or backend, or a backend that cannot run here.
     """
-    resolved, chosen = resolve_recipe(recipe), select_backend(backend)
+    resolved = resolve_recipe(recipe)
+    chosen = select_backend(backend, resolved)
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     report = ConversionReport()
     for name, layer in module.named_modules():
+        report.kept.update(_bypassed(name, layer))
         if not isinstance(layer, nn.Linear):
             continue
         reason = _reason_to_keep(name, layer, keep_high_precision, embeddings)
+        if keep_slow and not reason:
+            reason = slower(layer.in_features, layer.out_features, resolved)
         if reason:
             report.kept[name] = reason
+            _restore(layer)
             continue
-        _swap(layer, resolved, chosen)
+        _swap(layer, resolved, chosen, cache_weights)
         report.converted.append(name)
     return report
 
 
-def _swap(layer: nn.Linear, recipe: Recipe, backend: str) -> None:
+def _swap(layer: nn.Linear, recipe: Recipe, backend: str, cache_weights: bool) -> None:
     swapped: Any = layer
+    if type(layer) is not FP8Linear or swapped.fp8_recipe != recipe:
+        delayed = recipe.scaling == "delayed"
+        swapped.fp8_scales = DelayedScales.unknown(recipe.history, layer.weight.device) if delayed else None
     swapped.__class__ = FP8Linear
-    swapped.fp8_recipe, swapped.fp8_backend = recipe, backend
+    swapped.fp8_recipe, swapped.fp8_backend, swapped.fp8_cache_weights = recipe, backend, cache_weights
 
 
 def restore_linears(module: nn.Module) -> list[str]:
     """Turns every `FP8Linear` of `module` back into the `nn.Linear` it was; returns their names."""
-    restored = []
-    for name, layer in module.named_modules():
-        if type(layer) is FP8Linear:
-            swapped: Any = layer
-            del swapped.fp8_recipe, swapped.fp8_backend
-            swapped.__class__ = nn.Linear
-            restored.append(name)
-    return restored
+    return [name for name, layer in module.named_modules() if _restore(layer)]
+
+
+def _restore(layer: nn.Module) -> bool:
+    if type(layer) is not FP8Linear:
+        return False
+    swapped: Any = layer
+    for attribute in FP8Linear.__annotations__:
+        delattr(swapped, attribute)
+    swapped.__class__ = nn.Linear
+    return True
 
 
 def _reason_to_keep(name: str, layer: nn.Linear, patterns: Sequence[str], embeddings: set[int]) -> str | None:
@@ -101,6 +121,22 @@ def _reason_to_keep(name: str, layer: nn.Linear, patterns: Sequence[str], embedd
             return f"name matches {pattern!r}"
     if id(layer.weight) in embeddings:
         return "weight is tied to an embedding"
-    if layer.in_features % _MULTIPLE or layer.out_features % _MULTIPLE:
-        return f"sizes {layer.in_features} x {layer.out_features} are not multiples of {_MULTIPLE}"
-    return None
+    return impossible(layer.in_features, layer.out_features)
+
+
+def _bypassed(name: str, module: nn.Module) -> Iterator[tuple[str, str]]:
+    """What `module` multiplies without calling a linear layer."""
+    prefix = f"{name}." if name else ""
+    if isinstance(module, nn.MultiheadAttention):
+        weights = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+        yield from (
+            (prefix + weight, "MultiheadAttention multiplies by it itself")
+            for weight in weights
+            if getattr(module, weight) is not None
+        )
+    if isinstance(module, nn.TransformerEncoderLayer):
+        yield (
+            f"{prefix}forward (evaluation)",
+            "torch's fused path runs the whole layer in its own dtype; torch.backends.mha.set_fastpath_enabled(False)"
+            " turns it off",
+        )

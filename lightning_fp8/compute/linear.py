@@ -14,21 +14,23 @@ Scales run along the dimension that a GEMM sums over. One scale a tensor serves 
 copy of the operand will do. With scales by row, or part of a row, it is cast for each layout, from high precision.
 
 What autograd keeps is the FP8 input of weight_grad: one byte an element instead of the two of bf16. The weight is cast
-again in backward rather than kept, because a kept FP8 copy would cost another byte a parameter. Layers that receive the
-same tensor (q, k and v; gate and up) share its FP8 copies: they ride on the tensor object and go with it.
+again in backward rather than kept, because a kept FP8 copy would cost another byte a parameter, unless it was asked to
+be cached. How casts are shared and cached is told in `casts.py`.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_fp8.compute.autocast import fp8_enabled
+from lightning_fp8.compute.casts import Cast, cast, forget_casts, shared_cast
 from lightning_fp8.compute.gemm import fp8_gemm
-from lightning_fp8.compute.recipe import Operand, Recipe
-from lightning_fp8.numerics import Quantized, quantize
-from lightning_fp8.numerics.quantize import Tile
+from lightning_fp8.compute.recipe import Gemm, Recipe, Role
+from lightning_fp8.compute.scaling import DelayedScales, advance
+from lightning_fp8.numerics import Quantized
 
 
 class FP8Linear(nn.Linear):
@@ -40,25 +42,79 @@ class FP8Linear(nn.Linear):
 
     fp8_recipe: Recipe
     fp8_backend: str
+    fp8_cache_weights: bool
+    fp8_scales: DelayedScales | None
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns x w^T + b."""
         if not fp8_enabled():
             return super().forward(input)
-        recipe = self.fp8_recipe
+        recipe, scales = self.fp8_recipe, self._move_scales(input.device)
         trained = torch.is_grad_enabled() and self.weight.requires_grad
-        x8 = _shared_cast(input, recipe.input, along=1) if recipe.uses_fp8("forward") else None
-        kept = _shared_cast(input, recipe.input, along=0) if trained and recipe.uses_fp8("weight_grad") else None
-        y: Tensor = _ThreeGemms.apply(
-            input, x8, kept, self.weight, self.bias, _compute_dtype(input), recipe, self.fp8_backend
-        )
+        how = _How(recipe, self.fp8_backend, scales, self.fp8_cache_weights)
+        x8 = w8 = kept = None
+        if recipe.uses_fp8("forward"):
+            x8, w8 = how.cast(input, "input", along=1), how.cast(self.weight, "weight", along=1)
+        if trained and recipe.uses_fp8("weight_grad"):
+            kept = how.cast(input, "input", along=0)
+        y: Tensor = _ThreeGemms.apply(input, x8, kept, self.weight, w8, self.bias, _compute_dtype(input), how)
         return y
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Takes the scaling state along when the layer moves, as a buffer would go."""
+        move: Any = super()._apply
+        move(fn, recurse)
+        self._move_scales(self.weight.device)
+        return self
+
+    def _move_scales(self, device: torch.device) -> DelayedScales | None:
+        if self.fp8_scales is not None and self.fp8_scales.scale.device != device:
+            self.fp8_scales = self.fp8_scales.to(device)
+        return self.fp8_scales
 
     def extra_repr(self) -> str:
         """Sizes as `nn.Linear` shows them, and the formats."""
         recipe = self.fp8_recipe
         formats = "/".join(o.format for o in (recipe.input, recipe.weight, recipe.grad_output))
-        return f"{super().extra_repr()}, fp8={formats} by {recipe.weight.granularity}, backend={self.fp8_backend}"
+        how = f"fp8={formats} by {recipe.weight.granularity}, {recipe.scaling} scaling, backend={self.fp8_backend}"
+        return f"{super().extra_repr()}, {how}"
+
+
+def end_step(module: nn.Module) -> None:
+    """Ends an optimizer step for the converted layers of `module`: advances delayed scales, drops cached weight casts.
+
+    The precision plugins call it. In a plain loop, call it after each `optimizer.step()`; recipes with current scaling
+    and no cached weights do without. It reads nothing back to the host; with torch.distributed initialised and delayed
+    scaling it is a collective call.
+    """
+    delayed: dict[tuple[Recipe, torch.device], list[DelayedScales]] = {}
+    for layer in module.modules():
+        if isinstance(layer, FP8Linear):
+            forget_casts(layer.weight)
+            if layer.fp8_scales is not None:
+                delayed.setdefault((layer.fp8_recipe, layer.fp8_scales.scale.device), []).append(layer.fp8_scales)
+    for (recipe, _), scales in delayed.items():
+        advance(scales, recipe)
+
+
+class _How(NamedTuple):
+    """What the three GEMMs need to know of their layer."""
+
+    recipe: Recipe
+    backend: str
+    scales: DelayedScales | None
+    cache_weights: bool
+
+    def cast(self, x: Tensor, role: Role, along: int) -> Quantized:
+        """An operand, cast or found cast; a training step takes note of its amax."""
+        kept = role == "input" or (role == "weight" and self.cache_weights)
+        made: Cast = (shared_cast if kept else cast)(x, role, along, self.recipe, self.scales)
+        if self.scales is not None and made.amax is not None and (torch.is_grad_enabled() or role == "grad_output"):
+            self.scales.observe(role, made.amax)
+        return made.quantized
+
+    def gemm(self, gemm: Gemm, a: Quantized, b: Quantized, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
+        return fp8_gemm(a, b, dtype, self.backend, bias, fast_accumulation=gemm in self.recipe.fast_accumulation)
 
 
 class _ThreeGemms(torch.autograd.Function):
@@ -71,18 +127,18 @@ class _ThreeGemms(torch.autograd.Function):
         x8: Quantized | None,
         kept: Quantized | None,
         weight: Tensor,
+        w8: Quantized | None,
         bias: Tensor | None,
         dtype: torch.dtype,
-        recipe: Recipe,
-        backend: str,
+        how: _How,
     ) -> Tensor:
-        ctx.recipe, ctx.backend = recipe, backend
+        ctx.how = how
         ctx.x_dtype, ctx.x_shape, ctx.bias_dtype = x.dtype, x.shape, None if bias is None else bias.dtype
         ctx.tile = kept and kept.tile
         kept_tensors = (kept.codes, kept.scale) if kept else (x, None)
         ctx.save_for_backward(weight, *(kept_tensors if ctx.needs_input_grad[3] else (None, None)))
-        if x8 is not None:
-            y = fp8_gemm(x8, _cast(weight, recipe.weight, along=1).t(), dtype, backend, bias)
+        if x8 is not None and w8 is not None:
+            y = how.gemm("forward", x8, w8.t(), dtype, bias)
         else:
             y = F.linear(_flat(x).to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
         return y.view(*x.shape[:-1], weight.shape[0])
@@ -90,27 +146,25 @@ class _ThreeGemms(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         weight, kept, kept_scale = ctx.saved_tensors
-        recipe, backend = ctx.recipe, ctx.backend
-        wants_dx, _, _, wants_dw, wants_db = ctx.needs_input_grad[:5]
+        how: _How = ctx.how
+        recipe = how.recipe
+        wants_dx, wants_dw, wants_db = ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[5]
         dy = _flat(dy)
         dy8 = dx = dw = db = None
         if wants_dx and recipe.uses_fp8("input_grad"):
-            dy8 = _cast(dy, recipe.grad_output, along=1)
-            dx = fp8_gemm(dy8, _cast(weight, recipe.weight, along=0), ctx.x_dtype, backend)
+            dy8 = how.cast(dy, "grad_output", along=1)
+            dx = how.gemm("input_grad", dy8, how.cast(weight, "weight", along=0), ctx.x_dtype)
         elif wants_dx:
             dx = (dy @ weight.to(dy.dtype)).to(ctx.x_dtype)
         if wants_dw and recipe.uses_fp8("weight_grad"):
             if dy8 is None or recipe.grad_output.tile(0) != recipe.grad_output.tile(1):
-                dy8 = _cast(dy, recipe.grad_output, along=0)
-            dw = fp8_gemm(dy8.t(), Quantized(kept, kept_scale, ctx.tile), weight.dtype, backend)
+                dy8 = how.cast(dy, "grad_output", along=0)
+            dw = how.gemm("weight_grad", dy8.t(), Quantized(kept, kept_scale, ctx.tile), weight.dtype)
         elif wants_dw:
             dw = (dy.t() @ _flat(kept).to(dy.dtype)).to(weight.dtype)
         if wants_db:
             db = dy.float().sum(0).to(ctx.bias_dtype)
-        return None if dx is None else dx.view(ctx.x_shape), None, None, dw, db, None, None, None
-
-
-_Casts = dict[tuple[Operand, Tile | None], Quantized]
+        return None if dx is None else dx.view(ctx.x_shape), None, None, dw, None, db, None, None
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -120,25 +174,3 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
-
-
-def _cast(x: Tensor, operand: Operand, along: int) -> Quantized:
-    """Casts a matrix for a GEMM that sums over its dimension `along`."""
-    return quantize(x, operand.number_format, tile=operand.tile(along), power_of_two=operand.power_of_two)
-
-
-@torch.no_grad()
-def _shared_cast(x: Tensor, operand: Operand, along: int) -> Quantized:
-    """Casts `x` as a matrix, or returns the cast that a sibling layer made of the very same, unchanged tensor."""
-    if x.is_inference() or torch.compiler.is_compiling():
-        # Inference tensors count no versions; a compiled graph shares equal casts by itself.
-        return _cast(_flat(x), operand, along)
-    version, casts = getattr(x, "_fp8_casts", (-1, _Casts()))
-    if version != x._version:
-        casts = _Casts()
-        carrier: Any = x  # whose type does not know the attribute
-        carrier._fp8_casts = (x._version, casts)
-    key = operand, operand.tile(along)
-    if key not in casts:
-        casts[key] = _cast(_flat(x), operand, along)
-    return casts[key]

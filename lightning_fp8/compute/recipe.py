@@ -20,7 +20,9 @@ from lightning_fp8.numerics.formats import FORMATS, Format
 from lightning_fp8.numerics.quantize import Tile
 
 Gemm = Literal["forward", "input_grad", "weight_grad"]
+Role = Literal["input", "weight", "grad_output"]
 GEMMS: tuple[Gemm, ...] = get_args(Gemm)
+ROLES: tuple[Role, ...] = get_args(Role)
 _TILES: dict[str, Tile | None] = {
     "tensor": None,
     "row": (1, None),
@@ -30,7 +32,7 @@ _TILES: dict[str, Tile | None] = {
 }
 # Granularities of two operands that hardware multiplies (torch's scaled_mm, cuBLASLt).
 _PAIRS = {(name, name) for name in ("tensor", "row", "block_1x128", "mx_1x32")} | {("block_1x128", "block_128x128")}
-_OPERANDS: dict[Gemm, tuple[str, str]] = {
+_OPERANDS: dict[Gemm, tuple[Role, Role]] = {
     "forward": ("input", "weight"),
     "input_grad": ("grad_output", "weight"),
     "weight_grad": ("grad_output", "input"),
@@ -87,46 +89,94 @@ class Recipe:
         input: The cast of the layer's input.
         weight: The cast of its weight.
         grad_output: The cast of the gradient that arrives at its output.
-        scaling: "current" takes each scale from the tensor that is being cast.
+        scaling: "current" takes each scale from the tensor that is being cast; "delayed" from the largest magnitudes
+            of the steps before (`scaling.py`).
+        history: Delayed scaling only: how many steps are remembered.
+        amax: Delayed scaling only: whether the "max" of the history or its "most_recent" entry sets the scale.
+        margin: Delayed scaling only: headroom, in powers of two, for what grows from one step to the next.
         high_precision: GEMMs that stay in the layer's own dtype: any of "forward", "input_grad", "weight_grad".
+        fast_accumulation: GEMMs that native FP8 hardware may sum with fewer bits than fp32 (on Hopper 14 or so),
+            which is faster; no other backend does.
     """
 
     input: Operand = field(default_factory=Operand)
     weight: Operand = field(default_factory=Operand)
     grad_output: Operand = field(default_factory=lambda: Operand("e5m2"))
-    scaling: Literal["current"] = "current"
+    scaling: Literal["current", "delayed"] = "current"
+    history: int = 16
+    amax: Literal["max", "most_recent"] = "max"
+    margin: int = 0
     high_precision: tuple[Gemm, ...] = ()
+    fast_accumulation: tuple[Gemm, ...] = ("forward",)
 
     def __post_init__(self) -> None:
-        _check_choice("scaling", self.scaling, ("current",))
-        for gemm in self.high_precision:
-            _check_choice("high_precision", gemm, GEMMS)
+        for name in ("high_precision", "fast_accumulation"):
+            for gemm in getattr(self, name):
+                _check_choice(name, gemm, GEMMS)
         if set(self.high_precision) == set(GEMMS):
             raise ValueError(
                 "Recipe.high_precision names all three GEMMs, so nothing would run in FP8. "
                 "Leave one out, or keep the layer out of FP8 with keep_high_precision."
             )
-
+        self._check_scaling()
         for gemm, (a, b) in _OPERANDS.items():
-            pair = getattr(self, a).granularity, getattr(self, b).granularity
-            if self.uses_fp8(gemm) and pair not in _PAIRS:
-                raise ValueError(
-                    f"Recipe: the {gemm} GEMM multiplies {a}, scaled by {pair[0]}, and {b}, scaled by {pair[1]}, which"
-                    " no FP8 hardware does. Give both the same granularity (a weight by block_128x128 goes with"
-                    f" block_1x128), or name {gemm} in high_precision."
-                )
+            if self.uses_fp8(gemm):
+                self._check_product(gemm, a, b)
+
+    def _check_scaling(self) -> None:
+        _check_choice("scaling", self.scaling, ("current", "delayed"))
+        _check_choice("amax", self.amax, ("max", "most_recent"))
+        whole = isinstance(self.history, int) and isinstance(self.margin, int)
+        if not whole or self.history < 1 or self.margin < 0:
+            raise ValueError(
+                f"Recipe: history is {self.history!r} and margin {self.margin!r}; they must be whole numbers of at"
+                " least 1 and 0."
+            )
+        changed = [field.name for field in _DELAYED_FIELDS if getattr(self, field.name) != field.default]
+        if self.scaling == "current" and changed:
+            raise ValueError(
+                f"Recipe: {', '.join(changed)} would have no effect, because current scaling remembers nothing."
+                " Set scaling to 'delayed', or leave it out."
+            )
+        finer = [f"{role} by {self.operand(role).granularity}" for role in ROLES if self.operand(role).tile(1)]
+        if self.scaling == "delayed" and finer:
+            raise ValueError(
+                f"Recipe: delayed scaling remembers one magnitude a tensor, and here it is {', '.join(finer)}."
+                " Set granularity to 'tensor', or scaling to 'current'."
+            )
+
+    def _check_product(self, gemm: Gemm, a: Role, b: Role) -> None:
+        pair = self.operand(a).granularity, self.operand(b).granularity
+        if pair not in _PAIRS:
+            raise ValueError(
+                f"Recipe: the {gemm} GEMM multiplies {a}, scaled by {pair[0]}, and {b}, scaled by {pair[1]}, which"
+                " no FP8 hardware does. Give both the same granularity (a weight by block_128x128 goes with"
+                f" block_1x128), or name {gemm} in high_precision."
+            )
+        if self.operand(a).format == self.operand(b).format == "e5m2":
+            raise ValueError(
+                f"Recipe: the {gemm} GEMM multiplies {a} and {b}, both e5m2, which no FP8 hardware does."
+                f" Make one of them e4m3, or name {gemm} in high_precision."
+            )
+
+    def operand(self, role: Role) -> Operand:
+        """How the operand of this role is cast."""
+        operand: Operand = getattr(self, role)
+        return operand
 
     def uses_fp8(self, gemm: Gemm) -> bool:
         """Whether `gemm` runs in FP8."""
         return gemm not in self.high_precision
 
 
+_DELAYED_FIELDS = tuple(field for field in dataclasses.fields(Recipe) if field.name in ("history", "amax", "margin"))
 _ROW = Operand(granularity="row", power_of_two=True)
 _ROWWISE = Recipe(input=_ROW, weight=_ROW, grad_output=_ROW)
 _BLOCK = Operand(granularity="block_1x128")
 _MX = Operand(granularity="mx_1x32", power_of_two=True)
 PRESETS = {
     "tensorwise": Recipe(),  # the least work
+    "delayed": Recipe(scaling="delayed"),  # the same, with scales known beforehand: one pass over memory a cast
     "rowwise": _ROWWISE,  # an outlier blurs its own row only
     "rowwise_gw_hp": dataclasses.replace(_ROWWISE, high_precision=("weight_grad",)),  # the gradient that trains in bf16
     "blockwise": Recipe(input=_BLOCK, weight=Operand(granularity="block_128x128"), grad_output=_BLOCK),  # DeepSeek-V3's

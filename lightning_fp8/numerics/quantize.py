@@ -94,16 +94,38 @@ def quantize(x: Tensor, fmt: Format, *, tile: Tile | None = None, power_of_two: 
     if tile is not None and None not in tile:
         return _quantize_tiles(x, fmt, (tile[0] or 1, tile[1] or 1), power_of_two)
     scale = scale_of(amax(x, None if tile is None else tile.index(None)), fmt, power_of_two=power_of_two)
-    return Quantized(_saturate(x.float() / scale, fmt).contiguous(), scale)
+    return Quantized(quantize_to(x, fmt, scale), scale)
+
+
+def quantize_to(x: Tensor, fmt: Format, scale: Tensor) -> Tensor:
+    """The contiguous codes of `x` for a decode scale that is already known (fp32, broadcast against `x`).
+
+    Here a non-finite value does become the largest code where `scale` is finite: whoever brings the scale must look
+    at the amax.
+    """
+    return _saturate(x.float() / scale, fmt).contiguous()
 
 
 def _quantize_tiles(x: Tensor, fmt: Format, tile: tuple[int, int], power_of_two: bool) -> Quantized:
-    (m, k), (rows, columns) = x.shape, tile
-    padded = F.pad(x.float(), (0, -k % columns, 0, -m % rows))
-    tiles = padded.view(padded.shape[0] // rows, rows, padded.shape[1] // columns, columns)
+    tiles = _in_tiles(x.float(), tile)
     scale = scale_of(tiles.abs().amax(dim=(1, 3)), fmt, power_of_two=power_of_two)
-    codes = _saturate(tiles / scale[:, None, :, None], fmt).view(padded.shape)
-    return Quantized(codes[:m, :k].contiguous(), scale, tile)
+    codes = _saturate(tiles / scale[:, None, :, None], fmt)
+    return Quantized(_as_matrix(codes, x.shape).contiguous(), scale, tile)
+
+
+def _in_tiles(x: Tensor, tile: tuple[int, int]) -> Tensor:
+    """A matrix as [tiles down, rows of a tile, tiles across, columns of a tile], ragged ends filled with zeros."""
+    (m, k), (rows, columns) = x.shape, tile
+    down, across = -(-m // rows), -(-k // columns)
+    if (m, k) != (down * rows, across * columns):
+        x = F.pad(x, (0, across * columns - k, 0, down * rows - m))
+    return x.reshape(down, rows, across, columns)
+
+
+def _as_matrix(tiles: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of `_in_tiles`."""
+    down, rows, across, columns = tiles.shape
+    return tiles.reshape(down * rows, across * columns)[: shape[0], : shape[1]]
 
 
 def _saturate(scaled: Tensor, fmt: Format) -> Tensor:
@@ -112,11 +134,10 @@ def _saturate(scaled: Tensor, fmt: Format) -> Tensor:
 
 def dequantize(x: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
     """The values that `x` stands for, computed in fp32 and rounded once to `dtype`."""
-    scale = x.scale
-    if x.tile is not None:
-        m, k = x.codes.shape
-        scale = scale.repeat_interleave(x.tile[0], 0)[:m].repeat_interleave(x.tile[1], 1)[:, :k]
-    return (decode(x.codes, torch.float32) * scale).to(dtype)
+    values = decode(x.codes, torch.float32)
+    if x.tile is None:
+        return (values * x.scale).to(dtype)
+    return _as_matrix((_in_tiles(values, x.tile) * x.scale[:, None, :, None]).to(dtype), values.shape)
 
 
 def decode(codes: Tensor, dtype: torch.dtype) -> Tensor:

@@ -21,6 +21,7 @@ class Model(nn.Module):
 
 KEPT = {
     "narrow": "32 x 10",
+    "attention.in_proj_weight": "MultiheadAttention",
     "attention.out_proj": "NonDynamicallyQuantizableLinear",
     "tied": "tied to an embedding",
     "lm_head": "'*lm_head*'",
@@ -39,7 +40,7 @@ def test_every_linear_is_converted_or_kept_with_the_reason():
 
 def test_the_report_prints_one_line_a_layer():
     lines = str(convert_linears(Model())).splitlines()
-    assert len(lines) == 6
+    assert len(lines) == 7
     assert lines[0].split() == ["body.0", "FP8"]
     assert lines[-1].startswith("lm_head")
     assert "kept: name matches" in lines[-1]

@@ -269,7 +269,7 @@ def test_each_thread_has_its_own_switch():
 
 
 def test_shows_its_formats():
-    assert "fp8=e4m3/e4m3/e5m2 by tensor, backend=emulated" in repr(linear())
+    assert "fp8=e4m3/e4m3/e5m2 by tensor, current scaling, backend=emulated" in repr(linear())
 
 
 def test_power_of_two_scales_reach_every_operand():

@@ -1,33 +1,43 @@
 """The product of two FP8 matrices, by a backend, with a record of what ran.
 
-A backend is a function `(a: Quantized [M, K], b: Quantized [K, N], bias [N] or None, out_dtype) -> Tensor [M, N]`.
+A backend is a function of two operands, a bias, the dtype of the result and whether sums may be short. "native" is the
+hardware's own, "emulated" runs anywhere; "auto" is native wherever the tensors lie on a device that can do it.
 `record_gemms` lets tests and reports see that FP8 was really used: it notes every FP8 GEMM that ran inside it.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_fp8 import hardware
 from lightning_fp8.compute.gemm.emulated import emulated_gemm
+from lightning_fp8.compute.gemm.native import native_gemm
+from lightning_fp8.compute.gemm.rules import check_product
+from lightning_fp8.compute.recipe import ROLES, Recipe
 from lightning_fp8.numerics import Quantized
 
-Backend = Literal["auto", "emulated"]
-GemmFunction = Callable[[Quantized, Quantized, Tensor | None, torch.dtype], Tensor]
+Backend = Literal["auto", "native", "emulated"]
+GemmFunction = Callable[[Quantized, Quantized, Tensor | None, torch.dtype, bool], Tensor]
 
-BACKENDS: dict[str, GemmFunction] = {"emulated": emulated_gemm}
+BACKENDS: dict[str, GemmFunction] = {"native": native_gemm, "emulated": emulated_gemm}
+
+_log = logging.getLogger(__name__)
 
 
 class GemmRecord(NamedTuple):
-    """One FP8 GEMM: its sizes and the dtypes of its operands."""
+    """One FP8 GEMM: its sizes, the dtypes of its operands and the backend."""
 
     m: int
     k: int
     n: int
     a_dtype: torch.dtype
     b_dtype: torch.dtype
+    backend: str
 
     @property
     def flops(self) -> int:
@@ -50,29 +60,58 @@ def record_gemms() -> Iterator[list[GemmRecord]]:
         _records.remove(records)
 
 
-def select_backend(backend: str) -> str:
-    """The backend that "auto" stands for, or `backend` itself where it can run.
+@cache
+def select_backend(backend: str, recipe: Recipe) -> str:
+    """What `backend` comes to on this machine; says once what "auto" chose and why.
+
+    Returns:
+        "native", "emulated", or "auto" where native GEMMs can run: each GEMM is then native if its operands are on
+        a CUDA device.
 
     Raises:
-        ValueError: Unknown backend.
+        ValueError: Unknown backend, or a native one that cannot run `recipe` here, with the reason and the remedy.
     """
-    if backend == "auto":
-        return "emulated"
-    if backend not in BACKENDS:
+    if backend not in ("auto", *BACKENDS):
         raise ValueError(f"FP8 backend {backend!r} is not one of auto, {', '.join(BACKENDS)}.")
-    return backend
+    problem = hardware.why_not_native(tuple(sorted({recipe.operand(role).granularity for role in ROLES})))
+    if backend == "native" and problem:
+        raise ValueError(
+            f"FP8 backend 'native' cannot run here: {problem}. Use 'emulated', or 'auto' to let it decide."
+        )
+    if backend != "auto":
+        return backend
+    _log.info("FP8 GEMMs are %s.", f"emulated: {problem}" if problem else "native on CUDA devices")
+    return "emulated" if problem else "auto"
 
 
-def fp8_gemm(a: Quantized, b: Quantized, out_dtype: torch.dtype, backend: str, bias: Tensor | None = None) -> Tensor:
+def fp8_gemm(
+    a: Quantized,
+    b: Quantized,
+    out_dtype: torch.dtype,
+    backend: str,
+    bias: Tensor | None = None,
+    *,
+    fast_accumulation: bool = False,
+) -> Tensor:
     """The product of FP8 a [M, K] and b [K, N], plus `bias`, as `out_dtype` [M, N].
 
     Args:
         a: Left operand.
         b: Right operand.
         out_dtype: bf16, fp16 or fp32.
-        backend: A name from `BACKENDS`.
-        bias: [N], added in fp32 before the result is rounded to `out_dtype`.
+        backend: What `select_backend` returned.
+        bias: [N], added before the result is rounded to `out_dtype`.
+        fast_accumulation: Whether hardware may sum with fewer bits than fp32.
+
+    Raises:
+        ValueError: FP8 hardware does not multiply such operands; so says every backend, also where none is at hand.
     """
-    for records in _records:
-        records.append(GemmRecord(a.codes.shape[0], a.codes.shape[1], b.codes.shape[1], a.codes.dtype, b.codes.dtype))
-    return BACKENDS[backend](a, b, bias, out_dtype)
+    check_product(a, b)
+    if backend == "auto":
+        backend = "native" if a.codes.is_cuda else "emulated"
+    if _records:
+        (m, k), n = a.codes.shape, b.codes.shape[1]
+        record = GemmRecord(m, k, n, a.codes.dtype, b.codes.dtype, backend)
+        for records in _records:
+            records.append(record)
+    return BACKENDS[backend](a, b, bias, out_dtype, fast_accumulation)

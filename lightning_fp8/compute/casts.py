@@ -1,0 +1,98 @@
+"""Casts of a layer's operands, each made once.
+
+A cast is kept for as long as the tensor that was cast lives, in a table of weak references: nothing holds the tensor
+alive, no address that was used again can be taken for the tensor that lay there before, and, unlike an attribute, it
+is no part of what copies and files hold. It counts while the tensor's version does, so whatever changes the tensor in
+place makes it void; under delayed scaling it also ends with the step, when its scale does. Two things follow from it:
+
+* Layers that receive the same tensor (q, k and v; gate and up) share one FP8 copy of it, also through views of its
+  whole storage. Without that, autograd would keep one copy for each, 1.5 times what BF16 keeps for all.
+* A weight's casts can be kept over the micro-batches of a step. This costs a byte a parameter and layout, so it is
+  asked for (`convert_linears(cache_weights=True)`), and ends with the step as well: some optimizers and FSDP2 write
+  weights without counting a version.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lightning_fp8.compute.recipe import Operand, Recipe, Role
+from lightning_fp8.compute.scaling import DelayedScales
+from lightning_fp8.numerics import Quantized, quantize
+from lightning_fp8.numerics.quantize import Tile, amax, quantize_to
+
+
+class Cast(NamedTuple):
+    """An operand in FP8 and, under delayed scaling, the amax that was found while casting it."""
+
+    quantized: Quantized
+    amax: Tensor | None
+
+
+class _Key(NamedTuple):
+    """What a cast depends on besides the values of the tensor; two contiguous views of it have the same elements."""
+
+    columns: int
+    offset: int
+    layout: tuple[tuple[int, ...], tuple[int, ...]] | None
+    operand: Operand
+    tile: Tile | None
+    delayed: Recipe | None
+
+
+class _Casts(NamedTuple):
+    """The casts of a tensor as it was at `version`, each with the version of the scale it used."""
+
+    version: int
+    made: dict[_Key, tuple[int, Cast]]
+
+
+_known = WeakTensorKeyDictionary()  # Tensor -> _Casts
+
+
+@torch.no_grad()
+def cast(x: Tensor, role: Role, along: int, recipe: Recipe, scales: DelayedScales | None) -> Cast:
+    """Casts `x`, seen as a matrix, for a GEMM that sums over its dimension `along`.
+
+    Args:
+        x: [..., K] in bf16, fp16 or fp32.
+        role: Which operand of the layer it is.
+        along: 0 or 1.
+        recipe: How operands are cast.
+        scales: The layer's state under delayed scaling.
+    """
+    operand, x = recipe.operand(role), x.reshape(-1, x.shape[-1])
+    fmt = operand.number_format
+    if scales is None:
+        return Cast(quantize(x, fmt, tile=operand.tile(along), power_of_two=operand.power_of_two), None)
+    largest = amax(x)
+    scale = scales.scale_for(role, recipe, largest)
+    # amax * 0 is 0, or NaN if it is not finite: then so is all that the GEMM makes of it, and nothing is hidden.
+    return Cast(Quantized(quantize_to(x, fmt, scale), scale + largest * 0), largest)
+
+
+def shared_cast(x: Tensor, role: Role, along: int, recipe: Recipe, scales: DelayedScales | None) -> Cast:
+    """As `cast`, or the cast that was made of the very same, unchanged tensor before."""
+    if torch.compiler.is_compiling() or x.is_inference():
+        # Inference tensors count no versions; a compiled graph shares equal casts by itself.
+        return cast(x, role, along, recipe, scales)
+    base = x._base
+    whole = base if base is not None and base.numel() == x.numel() else x
+    casts: _Casts | None = _known.get(whole)
+    if casts is None or casts.version != x._version:
+        casts = _known[whole] = _Casts(x._version, {})
+    operand = recipe.operand(role)
+    layout = None if x.is_contiguous() else (x.shape, x.stride())
+    delayed = None if scales is None else recipe
+    key = _Key(x.shape[-1], int(x.storage_offset()), layout, operand, operand.tile(along), delayed)
+    step = -1 if scales is None else scales.scale._version
+    if casts.made.get(key, (None,))[0] != step:
+        casts.made[key] = step, cast(x, role, along, recipe, scales)
+    return casts.made[key][1]
+
+
+def forget_casts(x: Tensor) -> None:
+    """Drops what `shared_cast` keeps of `x`."""
+    _known.pop(x, None)
