@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
@@ -22,6 +22,8 @@ from lightning_fp8.data import TokenDataModule
 from lightning_fp8.models import DecoderLM
 from lightning_fp8.precision import FP8Precision
 
+CLI = TypeVar("CLI", bound=LightningCLI)
+
 # Said of Lightning's and litdata's own code, or of a choice that is right here: nothing that a user can act on.
 _NOISE = (
     r".*isinstance\(treespec, LeafSpec\).*",
@@ -32,10 +34,21 @@ _NOISE = (
 
 def run(args: list[str]) -> None:
     """Runs LightningCLI with `args`, the verb first."""
+    start(FP8CLI, ["lightning-fp8", *args])
+
+
+def start(cli: type[CLI], argv: list[str], *, run: bool = True) -> CLI:
+    """A LightningCLI over the decoder and its data, with the command line `argv`.
+
+    Args:
+        cli: The class.
+        argv: The program's name first.
+        run: Whether a verb follows in `argv` and is carried out.
+    """
     for message in _NOISE:
         warnings.filterwarnings("ignore", message)
-    sys.argv = ["lightning-fp8", *args]  # LightningCLI advises against its `args` parameter for command lines
-    FP8CLI(
+    sys.argv = argv  # LightningCLI advises against its `args` parameter for command lines
+    return cli(
         DecoderLM,
         TokenDataModule,
         seed_everything_default=0,
@@ -44,6 +57,7 @@ def run(args: list[str]) -> None:
         save_config_kwargs={"overwrite": True},
         parser_class=FitParser,
         trainer_defaults={"default_root_dir": "runs/default"},
+        run=run,
     )
 
 
@@ -79,7 +93,7 @@ class FP8CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Adds the plugin and, for `fit`, the loggers of the run folder."""
         trainer_config = self._get(self.config_init, "trainer", default={})
-        plugin = self._plugin()
+        plugin = self.plugin()
         if plugin is not None:
             if trainer_config.get("precision") is not None:
                 raise ValueError(
@@ -97,7 +111,8 @@ class FP8CLI(LightningCLI):
                 trainer_config["logger"] = False
         return super().instantiate_trainer(**kwargs)
 
-    def _plugin(self) -> FP8Precision | None:
+    def plugin(self) -> FP8Precision | None:
+        """What the `fp8` group describes; None if it is switched off."""
         options = dict(vars(self._get(self.config_init, "fp8")))
         if not options.pop("enabled"):
             return None
