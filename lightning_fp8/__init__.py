@@ -4,11 +4,29 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_fp8.compute import FP8Linear, Recipe, convert_linears, end_step, fp8_autocast
+    from lightning_fp8.compute import (
+        FP8Linear,
+        Recipe,
+        convert_linears,
+        end_step,
+        fp8_autocast,
+        fp8_state_dict,
+        load_fp8_state_dict,
+    )
     from lightning_fp8.precision import FabricFP8Precision, FP8Precision
 
 __version__ = "0.1.0.dev0"
-__all__ = ["FP8Linear", "FP8Precision", "FabricFP8Precision", "Recipe", "convert_linears", "end_step", "fp8_autocast"]
+__all__ = [
+    "FP8Linear",
+    "FP8Precision",
+    "FabricFP8Precision",
+    "Recipe",
+    "convert_linears",
+    "end_step",
+    "fp8_autocast",
+    "fp8_state_dict",
+    "load_fp8_state_dict",
+]
 
 _HOMES = {
     "FP8Precision": "lightning_fp8.precision",
@@ -18,6 +36,8 @@ _HOMES = {
     "convert_linears": "lightning_fp8.compute",
     "end_step": "lightning_fp8.compute",
     "fp8_autocast": "lightning_fp8.compute",
+    "fp8_state_dict": "lightning_fp8.compute",
+    "load_fp8_state_dict": "lightning_fp8.compute",
 }
 
 

@@ -1,0 +1,101 @@
+"""Saving the scaling state of converted layers, beside the model's own state dict and never in it.
+
+The state is a dict of plain tensors, strings and numbers, so `torch.load(weights_only=True)` reads it:
+
+    {"version": 1, "layers": {layer name: {"recipe": {...}, "running", "history", "scale", "nonfinite"}}}
+
+Only delayed scaling has state. Loading never fails for want of it: a layer without saved scales takes them from its
+tensors at the first step, as a new one does, and the caller is told which layers these are.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_fp8.compute.linear import FP8Linear
+from lightning_fp8.compute.recipe import Recipe
+from lightning_fp8.compute.scaling import DelayedScales
+
+_VERSION = 1
+# What torch's and Lightning's wrappers put into names: a state must fit whatever wraps the model later.
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_forward_module", "_original_module", "module")
+
+
+def fp8_state_dict(module: nn.Module) -> dict[str, Any]:
+    """The scaling state of the converted layers of `module`; empty where they have none (current scaling).
+
+    Save it beside the model: `fabric.save(path, {"model": model, "fp8": fp8_state_dict(model)})`.
+    """
+    layers = {name: _saved(layer.fp8_recipe, scales) for name, layer, scales in _delayed_layers(module)}
+    return {"version": _VERSION, "layers": layers} if layers else {}
+
+
+def load_fp8_state_dict(module: nn.Module, state: dict[str, Any]) -> str:
+    """Gives the converted layers of `module` the scaling state that `fp8_state_dict` returned.
+
+    Returns:
+        Which layers could not take it over and why, in one line; empty if all could.
+
+    Raises:
+        ValueError: The state is of a later version than this library knows.
+    """
+    if state.get("version", _VERSION) > _VERSION:
+        raise ValueError(
+            f"The FP8 scaling state is of version {state['version']}, and this lightning-fp8 knows {_VERSION}:"
+            " upgrade lightning-fp8, or leave the state out to calibrate anew."
+        )
+    layers, saved = _delayed_layers(module), state.get("layers", {})
+    anew: dict[str, str] = {}
+    for name, layer, _ in layers:
+        if name not in saved:
+            anew[name] = "the checkpoint has no scales of them"
+        elif different := _differences(saved[name]["recipe"], layer.fp8_recipe):
+            anew[name] = f"the recipe's {', '.join(different)} changed"
+        else:
+            layer.fp8_scales = _loaded(saved[name], layer.weight.device)
+    if not anew:
+        return ""
+    names = ", ".join(list(anew)[:3]) + (", …" if len(anew) > 3 else "")
+    reasons = " and ".join(dict.fromkeys(anew.values()))
+    return f"{len(anew)} of {len(layers)} FP8 layers ({names}) calibrate their scales anew: {reasons}."
+
+
+def _delayed_layers(module: nn.Module) -> list[tuple[str, FP8Linear, DelayedScales]]:
+    return [
+        (".".join(part for part in name.split(".") if part not in _WRAPPERS), layer, layer.fp8_scales)
+        for name, layer in module.named_modules()
+        if isinstance(layer, FP8Linear) and layer.fp8_scales is not None
+    ]
+
+
+def _saved(recipe: Recipe, scales: DelayedScales) -> dict[str, Any]:
+    return {
+        "recipe": _plain(recipe),
+        "running": torch.stack(scales.running),
+        "history": scales.history.clone(),
+        "scale": scales.scale.clone(),
+        "nonfinite": scales.nonfinite.clone(),
+    }
+
+
+def _loaded(saved: dict[str, Any], device: torch.device) -> DelayedScales:
+    running, history, scale, nonfinite = (
+        saved[name].to(device, copy=True) for name in ("running", "history", "scale", "nonfinite")
+    )
+    x, weight, dy = (cell.clone() for cell in running.unbind())
+    return DelayedScales((x, weight, dy), history, scale, nonfinite)
+
+
+def _differences(saved: dict[str, Any], recipe: Recipe) -> list[str]:
+    """The fields on which scales depend and in which the recipe is another."""
+    own = _plain(recipe)
+    independent = ("high_precision", "fast_accumulation")
+    return [name for name, value in own.items() if name not in independent and saved.get(name) != value]
+
+
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as nested dicts, strings, numbers and lists."""
+    fields = dataclasses.asdict(recipe).items()
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in fields}
