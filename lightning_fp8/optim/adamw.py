@@ -32,6 +32,7 @@ from lightning_fp8.optim.step import MOMENTS
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 _EXACT_STATE = {"step", *STATE_DTYPES, *(name for kind in MOMENTS.values() for name in kind._fields)}
+_FREE_TO_READ = ("cpu",)  # devices whose memory the host reads without waiting
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "module")  # of compile, activation checkpointing and DDP
 
 
@@ -157,15 +158,17 @@ class FP8AdamW(Optimizer):
             return loss
         finite = all_finite(grads)
         self._count_skip(finite)
-        if finite.device.type == "cpu" and not finite:  # reading it costs nothing there
+        readable = finite.device.type in _FREE_TO_READ
+        if readable and not finite:
             return loss
+        flag = None if readable else finite
         counts = [
             counted
             for group, members in zip(self.param_groups, named, strict=True)
-            for counted in self._step_group(group, members, None if finite.device.type == "cpu" else finite)
+            for counted in self._step_group(group, members, flag)
         ]
         if counts:
-            self._health = functools.reduce(Counts.plus, counts)
+            self._health = functools.reduce(Counts.plus, counts).unless_skipped(flag, self._health)
         return loss
 
     def _step_group(
@@ -186,7 +189,8 @@ class FP8AdamW(Optimizer):
         for batch in alike(members):
             flag = None if finite is None else finite.to(batch[0].weight.device)
             # In one call for all: a tensor operation for each of hundreds of parameters would cost as much as the step.
-            torch._foreach_add_([member.state["step"] for member in batch], 1 if flag is None else flag.long())
+            steps = [member.state["step"] for member in batch]
+            torch._foreach_add_(steps, 1 if flag is None else [flag.long()] * len(steps))
             counts = step_batch(batch, group, flag)
             if counts is not None:
                 yield counts

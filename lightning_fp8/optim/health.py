@@ -63,11 +63,18 @@ class Counts(NamedTuple):
         sums = Counts(*(a + b for a, b in zip(self, moved, strict=True)))
         return sums._replace(max_update=self.max_update.maximum(moved.max_update))
 
+    def unless_skipped(self, finite: Tensor | None, last: "Counts | None") -> "Counts":
+        """These, or where the step was skipped those of the `last` step that was not."""
+        if finite is None:
+            return self
+        last = last or Counts(*(torch.zeros_like(count) for count in self))
+        return Counts(*(torch.where(finite, new, old) for new, old in zip(self, last, strict=True)))
+
     def health(self) -> Health:
         """The figures."""
         return Health(
             self.at_floor / self.positive.clamp_min(1),
             self.max_update,
-            (self.squared_updates / self.elements).sqrt(),
+            (self.squared_updates / self.elements.clamp_min(1)).sqrt(),
             self.stayed / self.to_move.clamp_min(1),
         )
