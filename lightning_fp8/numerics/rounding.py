@@ -8,7 +8,16 @@ the right odds it keeps them on average. The random bits come from a counter-bas
     (row key, column)       ->  32 bits    once an element
 
 so that replicas round alike, a resumed run rounds as the uninterrupted one, and sharding a tensor by rows or columns
-changes nothing. The mixer is the two-multiply 32-bit permutation "lowbias32" of Chris Wellons' hash-prospector;
+changes nothing.
+
+A moving average is rounded in each step too, and what it remembers of a thousand independent roundings is their random
+walk. Its thresholds (`dither`) are therefore a low-discrepancy sequence in time, of a random start an element: step t
+has frac(start + t * (golden ratio)), which is uniform over elements and over time as random numbers are, but fills
+the unit interval evenly within a few steps, so that roundings up and down balance. Whatever has a period of its own (a
+column whose gradients come every 89 steps, say) meets nearly the same threshold each time; so the start is drawn anew
+every 1,024 steps.
+
+The mixer is the two-multiply 32-bit permutation "lowbias32" of Chris Wellons' hash-prospector;
 all arithmetic is modulo 2^32 in int32, which is what a GPU does natively.
 """
 
@@ -17,6 +26,9 @@ import hashlib
 import torch
 from torch import Tensor
 
+_GOLDEN = 0x9E3779B9 - (1 << 32)  # 2^32 / golden ratio, to the nearest odd number, as a signed 32-bit number
+_DITHER_PERIOD_BITS = 10  # steps for which an element keeps the start of its sequence, as a power of two
+_DITHER = -(1 << 31)  # sets the keys of these starts apart from those of any step
 _MULTIPLIERS = (0x7FEB352D, 0x846CA68B - (1 << 32))  # lowbias32's, the second as a signed 32-bit number
 
 
@@ -64,6 +76,23 @@ def random_bits(row_keys: Tensor, columns: Tensor) -> Tensor:
         int32 [n, c], all 32 bits used.
     """
     return _mix(columns ^ row_keys[:, :1], row_keys[:, 1:])
+
+
+def dither(keys: Tensor, step: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Thresholds of stochastic rounding that are evenly spread over the steps of each element.
+
+    Args:
+        keys: int32 [n, 2], of the parameter that each row belongs to.
+        step: int32 [n], the parameter's step count.
+        rows: int32 [n], the row's number in the whole (unsharded) parameter.
+        columns: int32 [n, c] or [c], the element's column in the whole parameter.
+
+    Returns:
+        fp32 [n, c], multiples of 2^-16 in [0, 1).
+    """
+    epoch = (step >> _DITHER_PERIOD_BITS) ^ _DITHER
+    start = random_bits(row_keys(keys, epoch, rows), columns)
+    return _shifted(start + (step * _GOLDEN).unsqueeze(1), 16).float() * 2.0**-16
 
 
 def stochastic_round_bf16(x: Tensor, bits: Tensor) -> Tensor:

@@ -7,77 +7,81 @@ Per step and parameter, all arithmetic in fp32 (Loshchilov & Hutter, "Decoupled 
     w <- w - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
 
 The update uses the fresh m and v; only what is stored is quantised (`numerics/moments.py`), and a bf16 weight is
-rounded stochastically (`numerics/rounding.py`). Bytes a parameter, weights and gradients in bf16: 2 + 2 + 2.07, where
+rounded stochastically (`numerics/weights.py`). Bytes a parameter, weights and gradients in bf16: 2 + 2 + 2.05, where
 fp32 moments make it 2 + 2 + 8.
 
-The step is a function on blocks, `step_blocks`; the class owns state, order and names. Parameters of one group are
-packed into common blocks, a bounded chunk at a time (`blocks.py`), so a step is a fixed number of tensor operations a
-chunk.
+The step is a function on blocks (`step.py`), applied to many parameters at once (`packing.py`). The class owns state,
+order, names and options.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any, Literal, NamedTuple, overload
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_fp8.numerics.moments import FP8Moments, FP32Moments
-from lightning_fp8.numerics.rounding import parameter_key, random_bits, row_keys, stochastic_round_bf16
+from lightning_fp8.numerics.weights import BF16_WEIGHTS, STATE_DTYPES
 from lightning_fp8.optim import blocks
+from lightning_fp8.optim.finite import all_finite, count_skips
+from lightning_fp8.optim.health import Counts, Health
+from lightning_fp8.optim.packing import Member, alike, moments_of, step_batch, weights_of
+from lightning_fp8.optim.step import MOMENTS
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
-Moments = FP8Moments | FP32Moments
 
-_PER_BLOCK = ("m_scale", "v_max", "v_octaves")  # state with one number a block; all other has one an element
-_EXACT_STATE = ("step", *FP8Moments._fields, *FP32Moments._fields)
-_CHUNK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 24}  # temporaries that stay in a CPU's caches, or fill a GPU
+_EXACT_STATE = {"step", *STATE_DTYPES, *(name for kind in MOMENTS.values() for name in kind._fields)}
+_FREE_TO_READ = ("cpu",)  # devices whose memory the host reads without waiting
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "module")  # of compile, activation checkpointing and DDP
-
-
-class Hyper(NamedTuple):
-    """The numbers of one step of one group."""
-
-    lr: float | Tensor
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-
-
-class _Member(NamedTuple):
-    """One parameter of a step: its plain name, its weight and gradient outside autograd, and its state."""
-
-    name: str
-    weight: Tensor
-    grad: Tensor
-    state: dict[str, Tensor]
 
 
 class FP8AdamW(Optimizer):
     """AdamW with both moments in FP8 and stochastic rounding of bf16 weights.
 
     State of a parameter with at least 64 columns, seen as [R, C]: `m_codes` and `v_codes`, uint8 of the parameter's
-    shape; `m_scale` uint8, `v_max` and `v_octaves` fp32, [R, ceil(C / block_size)]. Of any other parameter: `m` and
-    `v` in fp32. In all cases `step`, an int64 scalar.
+    shape; `m_scale` and `v_density` uint8, `v_max` fp32, [R, ceil(C / block_size)]. Of any other parameter: `m` and
+    `v` in fp32. In all cases `step`, an int64 scalar on the parameter's device. Other values of `moments` and
+    `rounding` have the fields of their classes in `numerics`.
+
+    Every argument after `params` but `max_skipped_steps` may differ between groups.
 
     Args:
         params: Parameters, (name, parameter) pairs or groups of either. Names key the random bits, so that they
             depend neither on the order of the parameters nor on how they are grouped; without them the position does.
         lr: Learning rate, a float or a scalar tensor.
-        betas: Decay of the first and the second moment; may change from step to step.
+        betas: Decay of the first and the second moment; may change from step to step. As in torch's AdamW, bias is
+            corrected by 1 - beta^t with the beta of this step.
         eps: Added to the denominator.
         weight_decay: Decoupled; a weight shrinks by lr * weight_decay a step.
-        moments: "fp8", or "fp32" for comparison. May differ between groups.
+        moments: How moments are kept: "fp8", or to compare with "e4m3", "e4m3/e5m2", "coat", "bf16", "fp32". For
+            embeddings in fp32, give them a group of their own.
         block_size: Elements that share the scales of their moments.
-        rounding: How bf16 weights are rounded: "stochastic" or "nearest". fp32 weights need none.
+        rounding: How bf16 weights are kept: "stochastic", "nearest", "kahan" (+2 bytes a parameter) or "correction8"
+            (+1), see `numerics/weights.py`. fp32 weights need none.
         seed: Of the random bits.
+        maximize: Follow the gradient up instead of down.
+        clip_update_rms: Divide the learning rate of a parameter, for this step, by its root mean square of
+            g / max(sqrt(v), eps) over this limit, where that is above 1 (StableAdamW, whose limit is 1). Costs another
+            pass over gradients and moments.
+        max_update: Limit |u| of each element, u being what the learning rate multiplies.
+        max_skipped_steps: Raise when this many steps in a row had gradients that are not finite. Reads the device in
+            each step. None never raises.
+        track_health: Count what `health()` reports.
 
     Raises:
-        ValueError: An argument is out of range, or a parameter is neither bf16 nor fp32, or not contiguous.
+        ValueError: An argument is out of range, a parameter is neither bf16 nor fp32, or not contiguous, or a gradient
+            is sparse.
+        FloatingPointError: See `max_skipped_steps`.
 
     Caveats:
         A step's results are the same, bit for bit, for the same device, dtype and torch version only.
+
+        A step in which any gradient holds NaN, inf or a number beyond 2^63 is skipped as a whole (`finite.py`): no
+        weight, moment or step count changes, and `skipped_steps` counts it. Gradients of this process are looked at;
+        where each process holds a shard, all must decide alike, as clipping by the global norm makes them.
+
+        On a GPU a step never waits for the device, unless `max_skipped_steps` is given.
     """
 
     def __init__(
@@ -88,10 +92,15 @@ class FP8AdamW(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
-        moments: Literal["fp8", "fp32"] = "fp8",
+        moments: Literal["fp8", "e4m3", "e4m3/e5m2", "coat", "bf16", "fp32"] = "fp8",
         block_size: int = 128,
-        rounding: Literal["stochastic", "nearest"] = "stochastic",
+        rounding: Literal["stochastic", "nearest", "kahan", "correction8"] = "stochastic",
         seed: int = 0,
+        maximize: bool = False,
+        clip_update_rms: float | None = None,
+        max_update: float | None = None,
+        max_skipped_steps: int | None = None,
+        track_health: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -102,8 +111,23 @@ class FP8AdamW(Optimizer):
             "block_size": block_size,
             "rounding": rounding,
             "seed": seed,
+            "maximize": maximize,
+            "clip_update_rms": clip_update_rms,
+            "max_update": max_update,
+            "max_skipped_steps": max_skipped_steps,
+            "track_health": track_health,
         }
         super().__init__(params, defaults)
+        self._skips: Tensor | None = None
+        self._health: Counts | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restores what was pickled or copied, and options that it did not know yet; counters start anew."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+        self._skips, self._health = None, None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; see `torch.optim.Optimizer.add_param_group`."""
@@ -128,26 +152,81 @@ class FP8AdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for number, group in enumerate(self.param_groups):
-            names = group.get("param_names") or [f"{number}.{i}" for i in range(len(group["params"]))]
-            members = [
-                _Member(_plain(name), p.detach(), p.grad.detach(), self._state_of(p, group))
-                for name, p in zip(names, group["params"], strict=True)
-                if p.grad is not None
-            ]
-            for batch in _alike(members):
-                _step_batch(batch, group)
+        named = [list(_named_gradients(group, number)) for number, group in enumerate(self.param_groups)]
+        grads = [_gradient(name, p) for group in named for name, p in group]
+        if not grads:
+            return loss
+        finite = all_finite(grads)
+        self._count_skip(finite)
+        readable = finite.device.type in _FREE_TO_READ
+        if readable and not finite:
+            return loss
+        flag = None if readable else finite
+        counts = [
+            counted
+            for group, members in zip(self.param_groups, named, strict=True)
+            for counted in self._step_group(group, members, flag)
+        ]
+        if counts:
+            self._health = functools.reduce(Counts.plus, counts).unless_skipped(flag, self._health)
         return loss
 
+    def _step_group(
+        self, group: dict[str, Any], named: list[tuple[str, Tensor]], finite: Tensor | None
+    ) -> Iterator[Counts]:
+        """Steps parameters of a group, all that have gradients, unless `finite` says that nothing is to change."""
+        members = [
+            Member(
+                _plain(name),
+                p.detach(),
+                _gradient(name, p),
+                self._state_of(p, group),
+                moments_of(p, group["moments"]),
+                weights_of(p, group["rounding"]),
+            )
+            for name, p in named
+        ]
+        for batch in alike(members):
+            flag = None if finite is None else finite.to(batch[0].weight.device)
+            # In one call for all: a tensor operation for each of hundreds of parameters would cost as much as the step.
+            steps = [member.state["step"] for member in batch]
+            torch._foreach_add_(steps, 1 if flag is None else [flag.long()] * len(steps))
+            counts = step_batch(batch, group, flag)
+            if counts is not None:
+                yield counts
+
     def _state_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        """The state of `p`, created at its first step, with the step counted."""
+        """The state of `p`, created at its first step."""
         state: dict[str, Tensor] = self.state[p]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.int64)
-            quantized = group["moments"] == "fp8" and blocks.is_matrix(p.shape)
-            state.update(_zero_moments(p, group["block_size"]) if quantized else _zero_fp32_moments(p))
-        state["step"] += 1
+            state["step"] = torch.zeros((), dtype=torch.int64, device=p.device)
+            state.update(_zero_moments(p, group))
+            state.update(_zero_weight_state(p, group))
         return state
+
+    def _count_skip(self, finite: Tensor) -> None:
+        self._skips = count_skips(self._skips, finite)
+        limit = self.defaults["max_skipped_steps"]
+        if limit is not None and int(self._skips[1]) >= limit:
+            raise FloatingPointError(
+                f"FP8AdamW: the gradients of {limit} steps in a row held NaN, inf or a number beyond 2^63. Lower the "
+                "learning rate, clip gradients, or resume from an earlier checkpoint."
+            )
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps skipped since the optimizer was made or its state loaded; reads the device."""
+        return 0 if self._skips is None else int(self._skips[0])
+
+    def health(self) -> Health:
+        """Figures of the last step that was taken, on the device, over the groups that have `track_health`.
+
+        Raises:
+            ValueError: There was no such step.
+        """
+        if self._health is None:
+            raise ValueError("FP8AdamW: nothing was counted; set track_health=True and take a step first.")
+        return self._health.health()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict with every code and scale exactly as it was saved.
@@ -164,107 +243,39 @@ class FP8AdamW(Optimizer):
         super().load_state_dict({**state_dict, "state": others})
         for key, p in zip(keys, params, strict=True):
             for name, value in exact.get(key, {}).items():
-                self.state[p][name] = value.detach().clone().to("cpu" if name == "step" else p.device)
+                self.state[p][name] = value.detach().clone().to(p.device)
 
 
-def step_blocks(
-    weight: Tensor,
-    grad: Tensor,
-    moments: Moments,
-    bits: Tensor,
-    correction1: Tensor,
-    correction2: Tensor,
-    hyper: Hyper,
-    stochastic: bool,
-) -> tuple[Tensor, Moments]:
-    """The step of n blocks of b elements: the formulas of the module docstring.
-
-    Args:
-        weight: bf16 or fp32 [n, b].
-        grad: bf16 or fp32 [n, b].
-        moments: What was stored of them after the last step.
-        bits: int32 [n, b] random bits; the low half rounds the weight, the high half the second moment.
-        correction1: fp32 [n, 1], 1 - beta1^t.
-        correction2: fp32 [n, 1], 1 - beta2^t.
-        hyper: Scalars.
-        stochastic: Round a bf16 weight stochastically.
-
-    Returns:
-        The new weight, of the dtype of `weight`, and what to store of the new moments.
-    """
-    g = grad.float()
-    m, v = moments.decode()
-    m = m * hyper.beta1 + g * (1 - hyper.beta1)
-    v = v * hyper.beta2 + g * g * (1 - hyper.beta2)
-    update = (m / correction1) / ((v / correction2).sqrt() + hyper.eps)
-    new_weight = weight.float() * (1 - hyper.lr * hyper.weight_decay) - update * hyper.lr
-    if weight.dtype is torch.bfloat16:
-        new_weight = stochastic_round_bf16(new_weight, bits) if stochastic else new_weight.to(torch.bfloat16)
-    uniform = ((bits >> 16) & 0xFFFF).float() * 2.0**-16
-    return new_weight, moments.encode(m, v, uniform)
-
-
-def _step_batch(batch: list[_Member], group: dict[str, Any]) -> None:
-    """Steps parameters of one kind, a bounded chunk of their rows at a time."""
-    size, stochastic = group["block_size"], group["rounding"] == "stochastic"
-    hyper = Hyper(group["lr"], group["betas"][0], group["betas"][1], group["eps"], group["weight_decay"])
-    shapes = tuple(blocks.matrix_shape(member.weight.shape) for member in batch)
-    columns = [shape[1] for shape in shapes]
-    weights = [member.weight.view(shape) for member, shape in zip(batch, shapes, strict=True)]
-    grads = [member.grad.reshape(shape) for member, shape in zip(batch, shapes, strict=True)]
-    kind = FP8Moments if "m_codes" in batch[0].state else FP32Moments
-    states = {
-        name: [member.state[name].view(rows, -1) for member, (rows, _) in zip(batch, shapes, strict=True)]
-        for name in kind._fields
-    }
-    device = weights[0].device
-    keys = torch.tensor([parameter_key(group["seed"], member.name) for member in batch], dtype=torch.int32)
-    steps = torch.stack([member.state["step"] for member in batch])
-    corrections = torch.stack([1 - beta ** steps.double() for beta in group["betas"]], dim=1).float().to(device)
-    keys, counts = keys.to(device), steps.to(device, torch.int32)
-    lanes = torch.arange(size, dtype=torch.int32, device=device)
-    for rows in blocks.chunks(shapes, _CHUNK_ELEMENTS.get(device.type, 1 << 24)):
-        owner, row, first_column = blocks.positions(rows, columns, size, device)
-        bits = random_bits(row_keys(keys[owner], counts[owner], row), first_column + lanes)
-        stored = [blocks.gather(t, rows, 1 if name in _PER_BLOCK else size) for name, t in states.items()]
-        weight, moments = step_blocks(
-            blocks.gather(weights, rows, size),
-            blocks.gather(grads, rows, size),
-            kind(*stored),
-            bits,
-            corrections[owner, :1],
-            corrections[owner, 1:],
-            hyper,
-            stochastic,
-        )
-        blocks.scatter(weight, weights, rows)
-        for tensors, value in zip(states.values(), moments, strict=True):
-            blocks.scatter(value, tensors, rows)
-
-
-def _alike(members: list[_Member]) -> list[list[_Member]]:
-    """Splits parameters into batches that can be packed together: same device, dtypes and kind of moments.
-
-    Empty parameters are left out: they have nothing to step, and no rows to pack.
-    """
-    batches: dict[Any, list[_Member]] = {}
-    for member in filter(lambda member: member.weight.numel(), members):
-        kind = (member.weight.device, member.weight.dtype, member.grad.dtype, "m_codes" in member.state)
-        batches.setdefault(kind, []).append(member)
-    return list(batches.values())
-
-
-def _zero_moments(p: Tensor, block_size: int) -> dict[str, Tensor]:
+def _zero_moments(p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+    """Moments before the first step; what has one number an element takes the parameter's shape."""
     rows, columns = blocks.matrix_shape(p.shape)
-    codes = torch.zeros(p.shape, dtype=torch.uint8, device=p.device)
-    scales = torch.zeros(rows, blocks.blocks_per_row(columns, block_size), dtype=torch.float32, device=p.device)
-    m_scale = torch.ones_like(scales, dtype=torch.uint8)
-    return FP8Moments(codes, m_scale, codes.clone(), scales, scales.clone())._asdict()
+    zeros = moments_of(p, group["moments"]).zeros(rows, columns, group["block_size"], p.device)
+    return {
+        name: value.view(p.shape) if value.numel() == p.numel() else value for name, value in zeros._asdict().items()
+    }
 
 
-def _zero_fp32_moments(p: Tensor) -> dict[str, Tensor]:
-    zeros = torch.zeros_like(p, dtype=torch.float32)
-    return FP32Moments(zeros, zeros.clone())._asdict()
+def _zero_weight_state(p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+    """What a rounding keeps beside a bf16 weight."""
+    names = weights_of(p, group["rounding"])._fields[1:]
+    return {name: torch.zeros_like(p, dtype=STATE_DTYPES[name]) for name in names}
+
+
+def _named_gradients(group: dict[str, Any], number: int) -> Iterator[tuple[str, Tensor]]:
+    """(name, parameter) of those parameters of a group that have a gradient."""
+    names = group.get("param_names") or [f"{number}.{i}" for i in range(len(group["params"]))]
+    return ((name, p) for name, p in zip(names, group["params"], strict=True) if p.grad is not None)
+
+
+def _gradient(name: str, p: Tensor) -> Tensor:
+    """The gradient of `p`, outside autograd."""
+    grad = p.grad
+    if grad is None or grad.layout is not torch.strided:
+        raise ValueError(
+            f"FP8AdamW: the gradient of {name!r} is sparse; give its layer sparse=False, or that parameter another "
+            "optimizer."
+        )
+    return grad.detach()
 
 
 def _plain(name: str) -> str:
@@ -274,13 +285,16 @@ def _plain(name: str) -> str:
 
 def _check_group(group: dict[str, Any]) -> None:
     """Raises ValueError naming the field, what it is and what it may be."""
-    choices = {"moments": ("fp8", "fp32"), "rounding": ("stochastic", "nearest")}
+    choices: dict[str, Iterable[str]] = {"moments": MOMENTS, "rounding": BF16_WEIGHTS}
     for name, allowed in choices.items():
         if group[name] not in allowed:
             raise ValueError(f"FP8AdamW: {name} {group[name]!r} is not one of {', '.join(allowed)}.")
     for name in ("lr", "eps", "weight_decay"):
         if not group[name] >= 0:
             raise ValueError(f"FP8AdamW: {name} is {group[name]}; it must be 0 or more.")
+    for name in ("clip_update_rms", "max_update", "max_skipped_steps"):
+        if group[name] is not None and not group[name] > 0:
+            raise ValueError(f"FP8AdamW: {name} is {group[name]}; it must be more than 0, or None.")
     if not all(0 <= beta < 1 for beta in group["betas"]):
         raise ValueError(f"FP8AdamW: betas are {group['betas']}; both must be in [0, 1).")
     if group["block_size"] < 1:

@@ -27,7 +27,7 @@ def trained(dtype: torch.dtype, optimizer: type[torch.optim.Optimizer], **option
         (torch.float32, torch.optim.AdamW, {}, 4, 8 * COUNT + 2 * 4),  # two fp32 step counters
         (torch.bfloat16, torch.optim.AdamW, {}, 2, 4 * COUNT + 2 * 4),
         # matrix: a byte each for m and v, per block of 128 one byte and two fp32; bias: fp32; two int64 counters
-        (torch.bfloat16, FP8AdamW, {}, 2, 2 * ROWS * COLUMNS + 2 * ROWS * 9 + 8 * ROWS + 2 * 8),
+        (torch.bfloat16, FP8AdamW, {}, 2, 2 * ROWS * COLUMNS + 2 * ROWS * 6 + 8 * ROWS + 2 * 8),
         (torch.bfloat16, FP8AdamW, {"moments": "fp32"}, 2, 8 * COUNT + 2 * 8),
     ],
 )

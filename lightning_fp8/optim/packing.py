@@ -1,0 +1,185 @@
+"""Steps many parameters as one array of blocks, a bounded chunk at a time.
+
+Parameters of one kind (device, dtypes, formats) are packed into common blocks (`blocks.py`), so that a step is a fixed
+number of tensor operations a chunk, whatever the number of parameters, and its transient memory does not depend on
+their size. Everything that a block needs to know of its parameter is looked up by the parameter's number in the batch.
+"""
+
+import functools
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_fp8.numerics.rounding import dither, parameter_key, random_bits, row_keys
+from lightning_fp8.numerics.weights import BF16_WEIGHTS, CorrectedWeights, FP32Weights, StochasticWeights, Weights
+from lightning_fp8.optim import blocks
+from lightning_fp8.optim.finite import keep_unless
+from lightning_fp8.optim.health import Counts
+from lightning_fp8.optim.step import MOMENTS, Corrections, Hyper, Moments, squared_update_size, step_blocks
+
+_CHUNK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 24}  # temporaries that stay in a CPU's caches, or fill a GPU
+_DRAWN = (StochasticWeights, CorrectedWeights)  # weights that random bits round
+
+
+class Member(NamedTuple):
+    """One parameter of a step: its plain name, its weight and gradient outside autograd, its state and its formats."""
+
+    name: str
+    weight: Tensor
+    grad: Tensor
+    state: dict[str, Tensor]
+    moments: type[Moments]
+    weights: type[Weights]
+
+
+class _Batch(NamedTuple):
+    """Parameters that are packed together, as matrices.
+
+    Attributes:
+        shapes: (rows, columns) of each.
+        grads: [R, C] each.
+        stored: What is rewritten, by field: the weights' tensors, then the moments', [R, C] or [R, blocks of a row].
+        widths: For each field of `stored`, how many of its numbers belong to a block: `block_size` or 1.
+        keys: int32 [P, 2], of the random bits.
+        steps: int32 [P], the step counts, this step included.
+        corrections: Of each parameter, [P, 1].
+    """
+
+    shapes: tuple[tuple[int, int], ...]
+    grads: list[Tensor]
+    stored: dict[str, list[Tensor]]
+    widths: list[int]
+    keys: Tensor
+    steps: Tensor
+    corrections: Corrections
+
+
+def weights_of(p: Tensor, rounding: str) -> type[Weights]:
+    """The class that keeps the weights of `p`."""
+    return BF16_WEIGHTS[rounding] if p.dtype is torch.bfloat16 else FP32Weights
+
+
+def moments_of(p: Tensor, moments: str) -> type[Moments]:
+    """The class that keeps the moments of `p`: that of the format, or fp32 for vectors and narrow tensors."""
+    return MOMENTS[moments if blocks.is_matrix(p.shape) else "fp32"]
+
+
+def alike(members: Iterable[Member]) -> list[list[Member]]:
+    """Splits parameters into batches that can be packed together: same device, dtypes and formats.
+
+    Empty parameters are left out: they have nothing to step, and no rows to pack.
+    """
+    batches: dict[Any, list[Member]] = {}
+    for member in members:
+        if member.weight.numel():
+            kind = (member.weight.device, member.weight.dtype, member.grad.dtype, member.moments, member.weights)
+            batches.setdefault(kind, []).append(member)
+    return list(batches.values())
+
+
+def step_batch(members: list[Member], group: dict[str, Any], finite: Tensor | None = None) -> Counts | None:
+    """Steps parameters of one kind, a bounded chunk of their rows at a time.
+
+    Args:
+        members: From `alike`, their steps counted.
+        group: The options of their parameter group.
+        finite: If given, a bool scalar: where it is false, nothing changes.
+
+    Returns:
+        What was counted, if the group has its health tracked.
+    """
+    weights_kind, moments_kind, size = members[0].weights, members[0].moments, group["block_size"]
+    batch, hyper = _pack(members, group), Hyper.of(group)
+    device = batch.keys.device
+    lanes = torch.arange(size, dtype=torch.int32, device=device)
+    chunks = blocks.chunks(batch.shapes, _CHUNK_ELEMENTS.get(device.type, 1 << 24))
+    rates = _clipped_rates(batch, members, group, chunks) if group["clip_update_rms"] is not None else None
+    counts: Counts | None = None
+    for rows in chunks:
+        owner, row, first_column = blocks.positions(rows, [c for _, c in batch.shapes], size, device)
+        columns, keys, steps = first_column + lanes, batch.keys[owner], batch.steps[owner]
+        old = _gather(batch, rows)
+        first = len(weights_kind._fields)
+        weights, moments = weights_kind(*old[:first]), moments_kind(*old[first:])
+        result = step_blocks(
+            weights,
+            blocks.gather(batch.grads, rows, size),
+            moments,
+            random_bits(row_keys(keys, steps, row), columns) if weights_kind in _DRAWN else columns,
+            dither(keys, steps, row, columns),
+            Corrections(*(correction[owner] for correction in batch.corrections)),
+            hyper if rates is None else hyper._replace(lr=rates[owner]),
+        )
+        if group["track_health"]:
+            elements = sum((stop - start) * batch.shapes[index][1] for index, start, stop in rows)
+            counted = Counts.of(weights, result, elements)
+            counts = counted if counts is None else counts.plus(counted)
+        for tensors, new, value in zip(batch.stored.values(), (*result.weights, *result.moments), old, strict=True):
+            blocks.scatter(keep_unless(finite, new, value), tensors, rows)
+    return counts
+
+
+def _pack(members: list[Member], group: dict[str, Any]) -> _Batch:
+    shapes = tuple(blocks.matrix_shape(member.weight.shape) for member in members)
+    weights_kind, moments_kind = members[0].weights, members[0].moments
+    stored: dict[str, list[Tensor]] = {weights_kind._fields[0]: [member.weight for member in members]}
+    for name in (*weights_kind._fields[1:], *moments_kind._fields):
+        stored[name] = [member.state[name] for member in members]
+    # What has as many numbers as the parameter has one an element; all else has one a block.
+    size, count = group["block_size"], members[0].weight.numel()
+    widths = [size if tensors[0].numel() == count else 1 for tensors in stored.values()]
+    device = members[0].weight.device
+    steps = torch.stack([member.state["step"] for member in members])
+    corrections = (1 - beta ** steps.double().unsqueeze(1) for beta in group["betas"])
+    return _Batch(
+        shapes,
+        [member.grad.reshape(shape) for member, shape in zip(members, shapes, strict=True)],
+        # `view`, for these are written to.
+        {name: [t.view(s[0], -1) for t, s in zip(tensors, shapes, strict=True)] for name, tensors in stored.items()},
+        widths,
+        _keys(group["seed"], tuple(member.name for member in members), device),
+        steps.int(),
+        Corrections(*(correction.float() for correction in corrections)),
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _keys(seed: int, names: tuple[str, ...], device: torch.device) -> Tensor:
+    """The keys of parameters, copied to their device once."""
+    return torch.tensor([parameter_key(seed, name) for name in names], dtype=torch.int32).to(device)
+
+
+def _gather(batch: _Batch, rows: tuple[blocks.Rows, ...]) -> list[Tensor]:
+    stored = zip(batch.stored.values(), batch.widths, strict=True)
+    return [blocks.gather(tensors, rows, width) for tensors, width in stored]
+
+
+def _clipped_rates(
+    batch: _Batch, members: list[Member], group: dict[str, Any], chunks: tuple[tuple[blocks.Rows, ...], ...]
+) -> Tensor:
+    """The learning rate of each parameter, fp32 [P, 1], divided by how far its update's RMS exceeds the limit.
+
+    A pass of its own over gradients and moments: the RMS is of the whole parameter and is needed before its first block
+    is stepped.
+    """
+    kind, hyper = members[0].moments, Hyper.of(group)
+    sums: list[list[Tensor]] = [[] for _ in members]
+    size = group["block_size"]
+    for rows in chunks:
+        owner = blocks.positions(rows, [c for _, c in batch.shapes], size, batch.keys.device)[0]
+        corrections = Corrections(*(correction[owner] for correction in batch.corrections))
+        stored = _gather(batch, rows)[-len(kind._fields) :]
+        grads = blocks.gather(batch.grads, rows, size)
+        squares = squared_update_size(grads, kind(*stored), corrections, hyper)
+        counts = [
+            (stop - start) * blocks.blocks_per_row(batch.shapes[i][1], group["block_size"]) for i, start, stop in rows
+        ]
+        # Sums of slices, not an indexed addition, whose order differs from run to run on a GPU.
+        for (index, _, _), part in zip(rows, squares.split(counts), strict=True):
+            sums[index].append(part.sum())
+    means = [torch.stack(parts).sum() / member.weight.numel() for parts, member in zip(sums, members, strict=True)]
+    excess = torch.stack(means).sqrt().unsqueeze(1) / group["clip_update_rms"]
+    rates: Tensor = hyper.lr / excess.clamp_min(1)
+    return rates
