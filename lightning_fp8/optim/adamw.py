@@ -24,15 +24,15 @@ from torch.optim import Optimizer
 
 from lightning_fp8.numerics.moments import FP8Moments, FP32Moments
 from lightning_fp8.numerics.rounding import parameter_key, random_bits, row_keys, stochastic_round_bf16
-from lightning_fp8.optim import blocks
+from lightning_fp8.optim import blocks, shards
+from lightning_fp8.optim.groups import parameter_names
+from lightning_fp8.optim.state import load_exactly
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Moments = FP8Moments | FP32Moments
 
 _PER_BLOCK = ("m_scale", "v_max", "v_octaves")  # state with one number a block; all other has one an element
-_EXACT_STATE = ("step", *FP8Moments._fields, *FP32Moments._fields)
 _CHUNK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 24}  # temporaries that stay in a CPU's caches, or fill a GPU
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "module")  # of compile, activation checkpointing and DDP
 
 
 class Hyper(NamedTuple):
@@ -46,9 +46,10 @@ class Hyper(NamedTuple):
 
 
 class _Member(NamedTuple):
-    """One parameter of a step: its plain name, its weight and gradient outside autograd, and its state."""
+    """One parameter of a step: its plain name, and what this process holds of it, outside autograd."""
 
     name: str
+    place: shards.Place
     weight: Tensor
     grad: Tensor
     state: dict[str, Tensor]
@@ -129,42 +130,58 @@ class FP8AdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for number, group in enumerate(self.param_groups):
-            names = group.get("param_names") or [f"{number}.{i}" for i in range(len(group["params"]))]
-            members = [
-                _Member(_plain(name), p.detach(), p.grad.detach(), self._state_of(p, group))
-                for name, p in zip(names, group["params"], strict=True)
-                if p.grad is not None
-            ]
-            for batch in _alike(members):
-                _step_batch(batch, group)
+            self._step_group(number, range(len(group["params"])))
         return loss
 
+    @torch.no_grad()
+    def step_parameter(self, group: int, index: int) -> None:
+        """One step for parameter `index` of group number `group`, if it has a gradient: for gradient release."""
+        self._step_group(group, [index])
+
+    def _step_group(self, number: int, indices: Iterable[int]) -> None:
+        """Steps those parameters of a group that have a gradient."""
+        group = self.param_groups[number]
+        params, names = group["params"], parameter_names(group, number)
+        members = [
+            _Member(
+                names[i],
+                shards.place_of(params[i]),
+                shards.local_part(params[i]),
+                shards.local_gradient(params[i]),
+                self._state_of(params[i], group),
+            )
+            for i in indices
+            if params[i].grad is not None
+        ]
+        for batch in _alike(members):
+            _step_batch(batch, group)
+
+    def allocate(self) -> None:
+        """Creates the state of every parameter that has none, as its first step would."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.requires_grad and not self.state[p]:
+                    self.state[p].update(new_state(p, group))
+
     def _state_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        """The state of `p`, created at its first step, with the step counted."""
+        """What this process holds of the state of `p`, created at its first step, with the step counted."""
         state: dict[str, Tensor] = self.state[p]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.int64)
-            quantized = group["moments"] == "fp8" and blocks.is_matrix(p.shape)
-            state.update(_zero_moments(p, group["block_size"]) if quantized else _zero_fp32_moments(p))
+            state.update(new_state(p, group))
         state["step"] += 1
-        return state
+        return {name: shards.local_part(value) for name, value in state.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state dict with every code and scale exactly as it was saved.
+        """Loads a state dict with every code and scale exactly as it was saved; see `state.py`.
 
-        `torch.optim.Optimizer` casts state to the parameter's dtype, which turns uint8 codes and fp32 scales into
-        bf16; so those tensors go round it.
+        Raises:
+            ValueError: It is the state of another optimizer.
         """
-        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        exact, others = {}, {}
-        for key, state in state_dict["state"].items():
-            exact[key] = {name: value for name, value in state.items() if name in _EXACT_STATE}
-            others[key] = {name: value for name, value in state.items() if name not in _EXACT_STATE}
-        super().load_state_dict({**state_dict, "state": others})
-        for key, p in zip(keys, params, strict=True):
-            for name, value in exact.get(key, {}).items():
-                self.state[p][name] = value.detach().clone().to("cpu" if name == "step" else p.device)
+        if any("exp_avg" in state for state in state_dict["state"].values()):
+            raise ValueError(
+                "FP8AdamW: this is the state of torch.optim.AdamW; optim.import_adamw_state takes it over."
+            )
+        load_exactly(self, state_dict, super().load_state_dict)
 
 
 def step_blocks(
@@ -208,8 +225,8 @@ def _step_batch(batch: list[_Member], group: dict[str, Any]) -> None:
     """Steps parameters of one kind, a bounded chunk of their rows at a time."""
     size, stochastic = group["block_size"], group["rounding"] == "stochastic"
     hyper = Hyper(group["lr"], group["betas"][0], group["betas"][1], group["eps"], group["weight_decay"])
-    shapes = tuple(blocks.matrix_shape(member.weight.shape) for member in batch)
-    columns = [shape[1] for shape in shapes]
+    places = [member.place for member in batch]
+    shapes = tuple(place.shape for place in places)
     weights = [member.weight.view(shape) for member, shape in zip(batch, shapes, strict=True)]
     grads = [member.grad.reshape(shape) for member, shape in zip(batch, shapes, strict=True)]
     kind = FP8Moments if "m_codes" in batch[0].state else FP32Moments
@@ -224,7 +241,7 @@ def _step_batch(batch: list[_Member], group: dict[str, Any]) -> None:
     keys, counts = keys.to(device), steps.to(device, torch.int32)
     lanes = torch.arange(size, dtype=torch.int32, device=device)
     for rows in blocks.chunks(shapes, _CHUNK_ELEMENTS.get(device.type, 1 << 24)):
-        owner, row, first_column = blocks.positions(rows, columns, size, device)
+        owner, row, first_column = shards.positions(rows, places, size, device)
         bits = random_bits(row_keys(keys[owner], counts[owner], row), first_column + lanes)
         stored = [blocks.gather(t, rows, 1 if name in _PER_BLOCK else size) for name, t in states.items()]
         weight, moments = step_blocks(
@@ -254,22 +271,20 @@ def _alike(members: list[_Member]) -> list[list[_Member]]:
     return list(batches.values())
 
 
-def _zero_moments(p: Tensor, block_size: int) -> dict[str, Tensor]:
-    rows, columns = blocks.matrix_shape(p.shape)
-    codes = torch.zeros(p.shape, dtype=torch.uint8, device=p.device)
-    scales = torch.zeros(rows, blocks.blocks_per_row(columns, block_size), dtype=torch.float32, device=p.device)
-    m_scale = torch.ones_like(scales, dtype=torch.uint8)
-    return FP8Moments(codes, m_scale, codes.clone(), scales, scales.clone())._asdict()
-
-
-def _zero_fp32_moments(p: Tensor) -> dict[str, Tensor]:
-    zeros = torch.zeros_like(p, dtype=torch.float32)
-    return FP32Moments(zeros, zeros.clone())._asdict()
-
-
-def _plain(name: str) -> str:
-    """The parameter's name without what torch's wrappers put into it."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+def new_state(p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+    """The state of parameter `p` of `group` before its first step, cut as `p` is."""
+    step = {"step": torch.zeros((), dtype=torch.int64)}
+    if group["moments"] != "fp8" or not blocks.is_matrix(p.shape):
+        return step | FP32Moments(*(shards.new_elements(p, torch.float32) for _ in "mv"))._asdict()
+    size = group["block_size"]
+    moments = FP8Moments(
+        m_codes=shards.new_elements(p, torch.uint8),
+        m_scale=shards.new_scales(p, size, torch.uint8) + 1,
+        v_codes=shards.new_elements(p, torch.uint8),
+        v_max=shards.new_scales(p, size, torch.float32),
+        v_octaves=shards.new_scales(p, size, torch.float32),
+    )
+    return step | moments._asdict()
 
 
 def _check_group(group: dict[str, Any]) -> None:
