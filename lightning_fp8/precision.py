@@ -12,10 +12,12 @@ optimizer that rounds stochastically, or small updates are lost; the plugin says
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning.fabric.plugins.precision import Precision as FabricPrecision
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins.precision import Precision
 from lightning_utilities import apply_to_collection
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
@@ -145,7 +147,8 @@ class FP8Precision(FabricFP8Precision, Precision):
         """Checks that the optimizers train this model, and can train weights of this dtype.
 
         Raises:
-            ValueError: An optimizer holds parameters that are not the model's.
+            ValueError: An optimizer holds parameters that are not the model's, or releases gradients that the Trainer
+                is to clip, accumulate or reduce.
         """
         own = {id(p) for p in model.parameters()}
         for optimizer in optimizers:
@@ -161,7 +164,21 @@ class FP8Precision(FabricFP8Precision, Precision):
                     f"FP8Precision: the weights are bf16 and {type(optimizer).__name__} rounds them to nearest, which"
                     ' loses small updates. Use lightning_fp8.optim.FP8AdamW, or FP8Precision(weights="fp32").'
                 )
+            release = getattr(optimizer, "gradient_release", None)  # of lightning_fp8.optim, which this need not know
+            if release is not None:
+                trainer = self._module.trainer if isinstance(self._module, LightningModule) else None
+                release.check(
+                    model,
+                    gradient_clip_val=trainer.gradient_clip_val if trainer else None,
+                    accumulate_grad_batches=_accumulation(trainer) if trainer else 1,
+                )
         return model, optimizers, lr_schedulers
+
+
+def _accumulation(trainer: Trainer) -> int:
+    """The largest number of batches a step, of all epochs."""
+    schedules = [c.scheduling for c in cast(Any, trainer).callbacks if isinstance(c, GradientAccumulationScheduler)]
+    return max(trainer.accumulate_grad_batches, *(n for schedule in schedules for n in schedule.values()), 1)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
 from torch.utils.data import DataLoader
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader
 from lightning_fp8 import FabricFP8Precision, FP8Linear, FP8Precision
 from lightning_fp8.compute import PRESETS
 from lightning_fp8.compute.gemm import record_gemms
-from lightning_fp8.optim import FP8AdamW
+from lightning_fp8.optim import FP8AdamW, enable_gradient_release
 
 OPTIMIZERS = {"fp32": torch.optim.AdamW, "bf16": FP8AdamW}
 
@@ -169,6 +170,48 @@ def test_an_optimizer_of_other_parameters_is_refused(tmp_path):
     model = Regression(lambda parameters, lr: torch.optim.SGD(stray.parameters(), lr))
     with pytest.raises(ValueError, match="SGD holds parameters that are not the model's"):
         trainer(tmp_path, FP8Precision(), limit_val_batches=0).fit(model, batches())
+
+
+class Released(Regression):
+    """Gradient release, as a user enables it."""
+
+    def configure_optimizers(self):
+        optimizer = FP8AdamW(self.named_parameters(), lr=1e-2)
+        enable_gradient_release(self, optimizer)
+        return optimizer
+
+
+class Plain(Regression):
+    def configure_optimizers(self):
+        return FP8AdamW(self.named_parameters(), lr=1e-2)
+
+
+def test_gradient_release_trains_as_the_plain_step_does(tmp_path):
+    weights = []
+    for kind in (Plain, Released):
+        torch.manual_seed(0)
+        model = kind()
+        trainer(tmp_path, FP8Precision(weights="bf16"), limit_val_batches=0).fit(model, batches())
+        weights.append(model.state_dict())
+        assert all((p.grad is None) is (kind is Released) for p in model.parameters())
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gradient_clip_val": 1.0}, r"cannot clip gradients \(gradient_clip_val=1\.0\)"),
+        ({"accumulate_grad_batches": 2}, r"cannot accumulate gradients \(accumulate_grad_batches=2\)"),
+        ({"callbacks": [GradientAccumulationScheduler({3: 4})]}, r"\(accumulate_grad_batches=4\)"),
+        ({"strategy": "ddp", "devices": 1}, "does not work with DistributedDataParallel"),
+    ],
+    ids=["clipping", "accumulation", "accumulation later", "ddp"],
+)
+def test_gradient_release_is_refused_where_it_cannot_work(tmp_path, options, message):
+    model = Released()
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, FP8Precision(weights="bf16"), limit_val_batches=0, **options).fit(model, batches())
+    assert not model.seen  # before the first step
 
 
 def test_a_model_without_a_convertible_layer_is_refused(tmp_path):

@@ -26,6 +26,7 @@ from lightning_fp8.numerics.moments import FP8Moments, FP32Moments
 from lightning_fp8.numerics.rounding import parameter_key, random_bits, row_keys, stochastic_round_bf16
 from lightning_fp8.optim import blocks, shards
 from lightning_fp8.optim.groups import parameter_names
+from lightning_fp8.optim.release import GradientRelease
 from lightning_fp8.optim.state import load_exactly
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -80,6 +81,8 @@ class FP8AdamW(Optimizer):
     Caveats:
         A step's results are the same, bit for bit, for the same device, dtype and torch version only.
     """
+
+    gradient_release: GradientRelease | None = None  # set by `enable_gradient_release`
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from lightning_fp8.optim import FP8AdamW, blocks, shards
 
@@ -129,6 +129,7 @@ def on_three(folder):
         write(two, folder)
         columns_may_be_cut_between_blocks(two)
         rows_may_be_cut_in_any_dimension(two)
+        values_may_be_cut_otherwise(two)
     dist.barrier()
     read(three, folder)
 
@@ -142,10 +143,23 @@ def write(mesh, folder):
     dcp.save(state, checkpoint_id=folder / "sharded", process_group=mesh.get_group())
 
 
+def values_may_be_cut_otherwise(mesh):
+    value = torch.arange(12.0).view(4, 3)
+    p = distribute_tensor(torch.zeros(4, 3), mesh, [Shard(0)])
+    for placement in (Shard(0), Shard(1), Replicate()):
+        moved = shards.cut_alike(distribute_tensor(value, mesh, [placement]), p)
+        assert moved.placements == p.placements
+        assert torch.equal(moved.full_tensor(), value)
+        assert torch.equal(shards.cut_alike(moved, torch.zeros(4, 3)), value)
+
+
 def columns_may_be_cut_between_blocks(mesh):
     plain = nn.Parameter(torch.randn(6, 512, generator=torch.Generator().manual_seed(1)).bfloat16())
     cut = nn.Parameter(distribute_tensor(plain.detach().clone(), mesh, [Shard(1)]))
     assert_steps_alike(plain, cut)
+    # 64 columns are quantised, and so is the half of them that a process holds.
+    narrow = nn.Parameter(torch.randn(6, 64, generator=torch.Generator().manual_seed(1)).bfloat16())
+    assert_steps_alike(narrow, nn.Parameter(distribute_tensor(narrow.detach(), mesh, [Shard(1)])), block_size=16)
     ragged = nn.Parameter(distribute_tensor(torch.ones(6, 384), mesh, [Shard(1)]))
     with pytest.raises(
         ValueError, match=r"shape \(6, 384\) is sharded 2 ways along its 384 columns, which cuts blocks of 128"
@@ -161,8 +175,8 @@ def rows_may_be_cut_in_any_dimension(mesh):
     assert_steps_alike(plain, nn.Parameter(distribute_tensor(plain.detach().clone(), mesh, [Shard(1)])))
 
 
-def assert_steps_alike(plain, cut):
-    optimizers = [FP8AdamW([("w", p)], lr=0.01) for p in (plain, cut)]
+def assert_steps_alike(plain, cut, **options):
+    optimizers = [FP8AdamW([("w", p)], lr=0.01, **options) for p in (plain, cut)]
     for step in range(3):
         plain.grad = torch.randn(plain.shape, generator=torch.Generator().manual_seed(step)).bfloat16()
         cut.grad = distribute_tensor(plain.grad, cut.device_mesh, cut.placements)
