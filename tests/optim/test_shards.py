@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from lightning_fp8.optim import FP8AdamW, blocks, shards
+from lightning_fp8.optim import FP8AdamW, FP8Optimizer, blocks, shards
 
 SHAPES = {  # ragged last blocks, uneven shards, experts, a convolution, fewer rows than processes, fp32 moments
     "ragged": (10, 300),
@@ -50,11 +50,20 @@ def train(model, optimizer, steps):
         optimizer.step()
 
 
-def fresh(mesh=None):
+KINDS = {
+    "FP8AdamW": lambda params, **options: FP8AdamW(params, lr=0.01, **options),
+    "FP8Optimizer": lambda params, **options: FP8Optimizer(torch.optim.NAdam(params, lr=0.01), **options),
+}
+
+
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def fresh(kind, mesh=None):
     model = Model()
     if mesh is not None:
         fully_shard(model, mesh=mesh)
-    return model, FP8AdamW(model.named_parameters(), lr=0.01)
+    return model, KINDS[kind](model.named_parameters())
 
 
 def whole(model, optimizer):
@@ -85,8 +94,8 @@ def assert_same(actual, expected, where=""):
 
 
 @functools.cache
-def unsharded(steps):
-    model, optimizer = fresh()
+def unsharded(kind, steps):
+    model, optimizer = fresh(kind)
     train(model, optimizer, range(steps))
     return whole(model, optimizer)
 
@@ -105,7 +114,7 @@ def check_placements(model, optimizer):
     for name, p in model.named_parameters():
         quantized = len(SHAPES[name]) > 1 and name != "narrow"
         for key, value in optimizer.state[p].items():
-            if key == "step":
+            if key in ("step", "mu_product"):
                 assert type(value) is torch.Tensor
                 continue
             assert isinstance(value, DTensor)
@@ -126,19 +135,21 @@ def on_three(folder):
     # A mesh is made by every process, also by those that are not in it.
     two, three = DeviceMesh("cpu", [0, 1]), init_device_mesh("cpu", (3,))
     if dist.get_rank() < 2:
-        write(two, folder)
+        for kind in KINDS:
+            write(kind, two, folder / kind)
         columns_may_be_cut_between_blocks(two)
         rows_may_be_cut_in_any_dimension(two)
         values_may_be_cut_otherwise(two)
     dist.barrier()
-    read(three, folder)
+    for kind in KINDS:
+        read(kind, three, folder / kind)
 
 
-def write(mesh, folder):
-    model, optimizer = fresh(mesh)
+def write(kind, mesh, folder):
+    model, optimizer = fresh(kind, mesh)
     train(model, optimizer, range(3))
     check_placements(model, optimizer)
-    assert_same(whole(model, optimizer), unsharded(3))
+    assert_same(whole(model, optimizer), unsharded(kind, 3))
     state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
     dcp.save(state, checkpoint_id=folder / "sharded", process_group=mesh.get_group())
 
@@ -176,7 +187,14 @@ def rows_may_be_cut_in_any_dimension(mesh):
 
 
 def assert_steps_alike(plain, cut, **options):
-    optimizers = [FP8AdamW([("w", p)], lr=0.01, **options) for p in (plain, cut)]
+    before = plain.detach().clone()
+    for kind in KINDS.values():
+        plain.data.copy_(before)
+        cut.data.copy_(distribute_tensor(before, cut.device_mesh, cut.placements))
+        steps_alike(plain, cut, [kind([("w", p)], **options) for p in (plain, cut)])
+
+
+def steps_alike(plain, cut, optimizers):
     for step in range(3):
         plain.grad = torch.randn(plain.shape, generator=torch.Generator().manual_seed(step)).bfloat16()
         cut.grad = distribute_tensor(plain.grad, cut.device_mesh, cut.placements)
@@ -188,65 +206,68 @@ def assert_steps_alike(plain, cut, **options):
         assert_same(gathered, optimizers[0].state[plain][key], key)
 
 
-def read(mesh, folder):
-    model, optimizer = fresh(mesh)
+def read(kind, mesh, folder):
+    model, optimizer = fresh(kind, mesh)
     train(model, optimizer, range(3))
-    assert_same(whole(model, optimizer), unsharded(3))
+    assert_same(whole(model, optimizer), unsharded(kind, 3))
 
-    model, optimizer = fresh(mesh)
-    load_weights(model, unsharded(3)["weights"])
+    model, optimizer = fresh(kind, mesh)
+    load_weights(model, unsharded(kind, 3)["weights"])
     resume_from_shards(folder / "sharded", model, optimizer)
     check_placements(model, optimizer)
-    assert_same(whole(model, optimizer), unsharded(3))
+    assert_same(whole(model, optimizer), unsharded(kind, 3))
     train(model, optimizer, range(3, 5))
-    assert_same(whole(model, optimizer), unsharded(5))
+    assert_same(whole(model, optimizer), unsharded(kind, 5))
 
     # A whole state dict, through torch.distributed and without it.
-    plain, plain_optimizer = fresh()
+    plain, plain_optimizer = fresh(kind)
     train(plain, plain_optimizer, range(3))
     full = get_optimizer_state_dict(plain, plain_optimizer)
     for load in (
         lambda m, o: set_optimizer_state_dict(m, o, full if dist.get_rank() == 0 else {}, options=BROADCAST),
         lambda m, o: o.load_state_dict(plain_optimizer.state_dict()),
     ):
-        model, optimizer = fresh(mesh)
-        load_weights(model, unsharded(3)["weights"])
+        model, optimizer = fresh(kind, mesh)
+        load_weights(model, unsharded(kind, 3)["weights"])
         load(model, optimizer)
         check_placements(model, optimizer)
-        assert_same(whole(model, optimizer), unsharded(3))
+        assert_same(whole(model, optimizer), unsharded(kind, 3))
 
 
 def test_steps_and_checkpoints_do_not_depend_on_the_number_of_processes(tmp_path):
     """2 processes write; 3 and 1 read, bit for bit, and go on as a run that was never sharded."""
     spawn(on_three, 3, tmp_path)
-    model, optimizer = fresh()
-    load_weights(model, unsharded(3)["weights"])
-    resume_from_shards(tmp_path / "sharded", model, optimizer)
-    assert_same(whole(model, optimizer), unsharded(3))
-    train(model, optimizer, range(3, 5))
-    assert_same(whole(model, optimizer), unsharded(5))
+    for kind in KINDS:
+        model, optimizer = fresh(kind)
+        load_weights(model, unsharded(kind, 3)["weights"])
+        resume_from_shards(tmp_path / kind / "sharded", model, optimizer)
+        assert_same(whole(model, optimizer), unsharded(kind, 3))
+        train(model, optimizer, range(3, 5))
+        assert_same(whole(model, optimizer), unsharded(kind, 5))
 
 
-def test_torch_distributed_checkpoints_keep_every_bit_of_a_plain_model(tmp_path):
-    model, optimizer = fresh()
+@every_kind
+def test_torch_distributed_checkpoints_keep_every_bit_of_a_plain_model(kind, tmp_path):
+    model, optimizer = fresh(kind)
     train(model, optimizer, range(3))
     dcp.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=tmp_path)
-    other, resumed = fresh()
-    load_weights(other, unsharded(3)["weights"])
+    other, resumed = fresh(kind)
+    load_weights(other, unsharded(kind, 3)["weights"])
     resume_from_shards(tmp_path, other, resumed)
-    assert_same(whole(other, resumed), unsharded(3))
+    assert_same(whole(other, resumed), unsharded(kind, 3))
 
 
+@every_kind
 @pytest.mark.parametrize("flat", [False, True])
-def test_state_dicts_with_names_load(flat):
-    model, optimizer = fresh()
+def test_state_dicts_with_names_load(kind, flat):
+    model, optimizer = fresh(kind)
     train(model, optimizer, range(3))
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
     state = get_optimizer_state_dict(model, optimizer, options=options)
-    other, resumed = fresh()
-    load_weights(other, unsharded(3)["weights"])
+    other, resumed = fresh(kind)
+    load_weights(other, unsharded(kind, 3)["weights"])
     set_optimizer_state_dict(other, resumed, state, options=options)
-    assert_same(whole(other, resumed), unsharded(3))
+    assert_same(whole(other, resumed), unsharded(kind, 3))
 
 
 def place(shape):
