@@ -16,6 +16,7 @@ VERBS = {
     "predict": ("lightning_fp8.cli.fit", "log-likelihood of every token of held-out text"),
     "prepare": ("lightning_fp8.cli.prepare", "turn text files into token chunks"),
     "generate": ("lightning_fp8.cli.generate", "continue a text from a checkpoint"),
+    "estimate": ("lightning_fp8.cli.estimate", "memory of weights, gradients and optimizer state"),
     "doctor": ("lightning_fp8.cli.doctor", "check this machine and what is installed on it"),
 }
 

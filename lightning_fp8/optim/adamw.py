@@ -26,6 +26,7 @@ from lightning_fp8.numerics.moments import FP8Moments, FP32Moments
 from lightning_fp8.numerics.rounding import parameter_key, random_bits, row_keys, stochastic_round_bf16
 from lightning_fp8.optim import blocks, shards
 from lightning_fp8.optim.groups import parameter_names
+from lightning_fp8.optim.ledger import Ledger, measure_ledger
 from lightning_fp8.optim.release import GradientRelease
 from lightning_fp8.optim.state import load_exactly
 
@@ -159,6 +160,10 @@ class FP8AdamW(Optimizer):
         for batch in _alike(members):
             _step_batch(batch, group)
 
+    def memory(self) -> Ledger:
+        """Bytes a parameter of weights, gradients, moments and scales, measured on the storages of this process."""
+        return measure_ledger((p for group in self.param_groups for p in group["params"]), [self])
+
     def allocate(self) -> None:
         """Creates the state of every parameter that has none, as its first step would."""
         for group in self.param_groups:
@@ -276,7 +281,7 @@ def _alike(members: list[_Member]) -> list[list[_Member]]:
 
 def new_state(p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
     """The state of parameter `p` of `group` before its first step, cut as `p` is."""
-    step = {"step": torch.zeros((), dtype=torch.int64)}
+    step = {"step": torch.zeros((), dtype=torch.int64, device=p.device)}
     if group["moments"] != "fp8" or not blocks.is_matrix(p.shape):
         return step | FP32Moments(*(shards.new_elements(p, torch.float32) for _ in "mv"))._asdict()
     size = group["block_size"]

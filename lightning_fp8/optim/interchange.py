@@ -71,7 +71,7 @@ def _encoded(p: Tensor, group: dict[str, Any], saved: dict[str, Any]) -> dict[st
                 f" {tuple(p.shape)}; the groups must hold the same parameters in the same order."
             )
     state = new_state(p, group)
-    state["step"] = torch.as_tensor(saved["step"]).detach().to("cpu", torch.int64).clone()
+    state["step"].copy_(torch.as_tensor(saved["step"]))
     place, size = shards.place_of(p), group["block_size"]
     if not all(place.shape):
         return state

@@ -38,7 +38,7 @@ def load_exactly(optimizer: Optimizer, state_dict: dict[str, Any], load: Callabl
         params = [p for group in optimizer.param_groups for p in group["params"]]
         for key, p in zip(keys, params, strict=True):
             for name, value in saved["state"].get(key, {}).items():
-                optimizer.state[p][name] = _copy(value, p)
+                optimizer.state[p][name] = cut_alike(value, p) if isinstance(value, Tensor) else value
 
     handles = (
         optimizer.register_load_state_dict_pre_hook(take),
@@ -49,10 +49,3 @@ def load_exactly(optimizer: Optimizer, state_dict: dict[str, Any], load: Callabl
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _copy(value: Any, p: Tensor) -> Any:
-    """State with dimensions lies where the parameter lies; counts stay on the CPU, where they cost no wait."""
-    if not isinstance(value, Tensor):
-        return value
-    return cut_alike(value, p) if value.dim() else value.detach().clone().to("cpu")

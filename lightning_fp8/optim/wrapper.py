@@ -23,6 +23,7 @@ from lightning_fp8.optim import blocks, shards
 from lightning_fp8.optim.base_step import step_elements, step_matrix
 from lightning_fp8.optim.codecs import REFUSED_OPTIONS, WHOLE_MATRICES, Codec, check_base, codecs_for, codecs_in
 from lightning_fp8.optim.groups import parameter_names
+from lightning_fp8.optim.ledger import Ledger, measure_ledger
 from lightning_fp8.optim.release import GradientRelease
 from lightning_fp8.optim.state import load_exactly
 from lightning_fp8.optim.stored import State, expand, new_stored, scalars_of, store, tensors_of
@@ -142,6 +143,10 @@ class FP8Optimizer(Optimizer):
                     state[index] = {**scalars_of(stored), "step": stored["step"].float(), **values}
         return {**packed, "state": state, "param_groups": groups}
 
+    def memory(self) -> Ledger:
+        """Bytes a parameter of weights, gradients, moments and scales, measured on the storages of this process."""
+        return measure_ledger((p for group in self.param_groups for p in group["params"]), [self])
+
     def allocate(self) -> None:
         """Creates the state of every parameter that has none, as its first step would."""
         for group in self.param_groups:
@@ -163,12 +168,16 @@ class FP8Optimizer(Optimizer):
         """Stores what there is of the base's own state in full precision."""
         for group in self.param_groups:
             for p in group["params"]:
-                state = self.state.get(p, {})
+                state = self.state.get(p)
+                if not state:
+                    continue
                 step = torch.as_tensor(state.get("step", 1.0))  # SGD and Muon count none
-                if state and step.is_floating_point():  # ours are integers
+                if step.is_floating_point():  # ours are integers
                     codecs = self._codecs(p, group, tensors_of(state))
                     stored = store(p, group["block_size"], codecs, state)
-                    self.state[p] = {**scalars_of(state), "step": step.to("cpu", torch.int64), **stored}
+                    self.state[p] = {**scalars_of(state), "step": step.to(torch.int64), **stored}
+                # Loading puts scalars where the parameter is; torch's optimizers look for them on the CPU.
+                self.state[p].update({name: value.cpu() for name, value in scalars_of(self.state[p]).items()})
 
     def _step_group(self, number: int, indices: Iterable[int]) -> None:
         """Steps those parameters of a group that have a gradient."""

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from lightning_fp8.optim import FP8AdamW, FP8Optimizer, blocks, shards
+from lightning_fp8.optim.ledger import measure_ledger
 
 SHAPES = {  # ragged last blocks, uneven shards, experts, a convolution, fewer rows than processes, fp32 moments
     "ragged": (10, 300),
@@ -100,6 +101,12 @@ def unsharded(kind, steps):
     return whole(model, optimizer)
 
 
+def unsharded_ledger(kind, ways):
+    model, optimizer = fresh(kind)
+    train(model, optimizer, range(3))
+    return measure_ledger(model.parameters(), [optimizer], ways=ways)
+
+
 def resume_from_shards(folder, model, optimizer):
     """What a user does: a template from the fresh optimizer, filled from the checkpoint, given back."""
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -150,6 +157,9 @@ def write(kind, mesh, folder):
     train(model, optimizer, range(3))
     check_placements(model, optimizer)
     assert_same(whole(model, optimizer), unsharded(kind, 3))
+    if mesh.get_local_rank() == 0:  # what the estimate of a sharded model promises, without running one
+        plain = unsharded_ledger(kind, ways=2)
+        assert optimizer.memory() == plain
     state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
     dcp.save(state, checkpoint_id=folder / "sharded", process_group=mesh.get_group())
 
