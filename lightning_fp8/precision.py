@@ -16,11 +16,12 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import zip_longest
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning.fabric.plugins.precision import Precision as FabricPrecision
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins.precision import Precision
 from lightning_utilities import apply_to_collection
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
@@ -231,7 +232,8 @@ class FP8Precision(FabricFP8Precision, Precision):
         """Checks that the optimizers train this model, and can train weights of this dtype.
 
         Raises:
-            ValueError: An optimizer holds parameters that are not the model's.
+            ValueError: An optimizer holds parameters that are not the model's, or releases gradients that the Trainer
+                is to clip, accumulate or reduce.
         """
         own = {id(p) for p in model.parameters()}
         for optimizer in optimizers:
@@ -247,8 +249,17 @@ class FP8Precision(FabricFP8Precision, Precision):
                     f"FP8Precision: the weights are bf16 and {type(optimizer).__name__} rounds them to nearest, which"
                     ' loses small updates. Use lightning_fp8.optim.FP8AdamW, or FP8Precision(weights="fp32").'
                 )
+            release = getattr(optimizer, "gradient_release", None)  # of lightning_fp8.optim, which this need not know
+            if release is not None:
+                trainer = _trainer_of(model)
+                release.check(
+                    model,
+                    gradient_clip_val=trainer.gradient_clip_val,
+                    accumulate_grad_batches=_accumulation(trainer),
+                )
         if self.bf16_last_steps and optimizers:
-            self._last_step = self.total_steps or _total_steps(model)
+            total = _trainer_of(model).estimated_stepping_batches
+            self._last_step = self.total_steps or (int(total) if 0 <= total < math.inf else None)
         return model, optimizers, lr_schedulers
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -258,12 +269,18 @@ class FP8Precision(FabricFP8Precision, Precision):
             self.load_state_dict({})
 
 
-def _total_steps(model: nn.Module) -> int | None:
-    """How many optimizer steps the Trainer of `model` will make; None if it cannot tell."""
-    wrapped: Any = model  # by DDP, or not at all
+def _trainer_of(model: nn.Module) -> Trainer:
+    """The Trainer of a LightningModule, which DDP may have wrapped."""
+    wrapped: Any = model
     module = model if isinstance(model, LightningModule) else wrapped.module
-    total = module.trainer.estimated_stepping_batches
-    return int(total) if 0 <= total < math.inf else None
+    trainer: Trainer = module.trainer
+    return trainer
+
+
+def _accumulation(trainer: Trainer) -> int:
+    """The largest number of batches a step, of all epochs."""
+    schedules = [c.scheduling for c in cast(Any, trainer).callbacks if isinstance(c, GradientAccumulationScheduler)]
+    return max(trainer.accumulate_grad_batches, *(n for schedule in schedules for n in schedule.values()), 1)
 
 
 @contextmanager
