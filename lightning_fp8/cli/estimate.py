@@ -3,58 +3,35 @@
 Takes the configuration of `fit`. Activations are not in it: they depend on the batch.
 """
 
-import sys
 from collections.abc import Iterator
 
 import torch
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lightning_fp8.cli.fit import FP8CLI
-from lightning_fp8.cli.parsers import FitParser
-from lightning_fp8.data import TokenDataModule
+from lightning_fp8.cli.blueprint import Blueprint, read
 from lightning_fp8.models import DecoderLM
 from lightning_fp8.optim.estimate import MODES, Mode, estimate
 
 
 def run(args: list[str]) -> None:
     """Prints the table for the configuration in `args`, the verb first."""
-    sys.argv = ["lightning-fp8 estimate", *args[1:]]
-    cli = EstimateCLI(
-        DecoderLM,
-        TokenDataModule,
-        save_config_callback=None,
-        seed_everything_default=False,
-        auto_configure_optimizers=False,
-        parser_class=FitParser,
-        run=False,
-    )
+    cli = read(EstimateCLI, args)
+    if cli.config.ranks < 1:
+        raise ValueError(f"estimate: ranks is {cli.config.ranks}; it must be 1 or more.")
     lines = table(cli.model, cli.configured_mode(), cli.config.ranks)
     print("\n".join(as_markdown(lines) if cli.config.markdown else as_text(lines)))
     largest = max(p.numel() for p in cli.model.parameters()) * 2 / 1e9
     print(f"\nReleased gradients exist one at a time; the largest takes {largest:.3g} GB. Activations are not counted.")
 
 
-class EstimateCLI(FP8CLI):
-    """The configuration of `fit`, of which the model is built, and nothing else."""
-
-    model: DecoderLM
+class EstimateCLI(Blueprint):
+    """Adds `--ranks` and `--markdown`."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds `--ranks` and `--markdown`."""
+        """The options of `fit`, and those of the table."""
         super().add_arguments_to_parser(parser)
         parser.add_argument("--ranks", type=int, default=1, help="Processes that train together.")
         parser.add_argument("--markdown", type=bool, default=False, help="Print a table for a README.")
-
-    def instantiate_classes(self) -> None:
-        """Builds the model, on the meta device."""
-        if self.config.ranks < 1:
-            raise ValueError(f"estimate: ranks is {self.config.ranks}; it must be 1 or more.")
-        model_only = self.config.clone()
-        for name in [name for name in vars(model_only) if name != "model"]:
-            model_only.pop(name)
-        self.model = self.parser.instantiate_classes(model_only).model
-        with torch.device("meta"):
-            self.model.configure_model()
 
     def configured_mode(self) -> Mode:
         """What the configuration itself asks for."""
