@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 
 from lightning_fp8.compute.autocast import fp8_autocast
 from lightning_fp8.compute.convert import KEEP_HIGH_PRECISION, ConversionReport, convert_linears
-from lightning_fp8.compute.gemm import Backend, select_backend
+from lightning_fp8.compute.gemm import Backend, describe_backend, select_backend
 from lightning_fp8.compute.linear import end_step
 from lightning_fp8.compute.recipe import Recipe, resolve_recipe
 from lightning_fp8.compute.state import fp8_state_dict, load_fp8_state_dict
@@ -131,7 +131,7 @@ class FabricFP8Precision(FabricPrecision):
             )
         rank_zero_info(
             f"FP8: {len(self.report.converted)} linear layers converted, {len(self.report.kept)} kept in high"
-            f" precision; backend {self.backend}, weights {self.weights}."
+            f" precision; weights are {self.weights}, GEMMs {describe_backend(self.backend, self.recipe)}."
         )
         if not any(module is known for known in self._modules):
             self._modules.append(module)
