@@ -155,8 +155,8 @@ class FP8Optimizer(Optimizer):
                     self._allocate(p, group)
 
     def _allocate(self, p: Tensor, group: dict[str, Any]) -> None:
-        probe = torch.zeros(1, 1)  # which state there is does not depend on what is stepped
-        after = step_elements(self.base, group, probe, torch.zeros(1, 1), {})
+        probe = torch.zeros(1, 1, dtype=torch.float32)  # which state there is does not depend on what is stepped
+        after = step_elements(self.base, group, probe, torch.zeros_like(probe), {})
         codecs = self._codecs(p, group, tensors_of(after))
         step = {"step": torch.zeros((), dtype=torch.int64)}
         self.state[p].update(scalars_of(after) | step | new_stored(p, group["block_size"], codecs))
@@ -202,7 +202,7 @@ class FP8Optimizer(Optimizer):
 
     def _step_nothing(self, p: Tensor, group: dict[str, Any]) -> None:
         """Steps the scalars of a parameter of which this process holds no element, as other processes step them."""
-        state, probe = self.state[p], torch.zeros(1, 1)
+        state, probe = self.state[p], torch.zeros(1, 1, dtype=torch.float32)
         before = _scalars_before(state)
         if before:
             keys = [key for codec in codecs_in(self.base, tensors_of(state)) for key in codec.keys]
