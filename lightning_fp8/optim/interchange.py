@@ -1,8 +1,8 @@
 """From the state of `torch.optim.AdamW` to FP8 moments, and back to fp32.
 
 A run that began with fp32 moments goes on with `import_adamw_state`; one that is to be continued elsewhere leaves with
-`export_fp32_state`, which `torch.optim.AdamW` loads. Both go through the codecs a bounded chunk of rows at a time.
-Exporting is exact: the fp32 values are those that the codes stand for. Importing rounds once, to nearest.
+`export_fp32_state`, which `torch.optim.AdamW` loads. Exporting is exact: the fp32 values are those that the codes stand
+for. Importing rounds once, to nearest.
 """
 
 from typing import Any
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from lightning_fp8.numerics.moments import FP8Moments, FP32Moments
-from lightning_fp8.optim import blocks, shards
 from lightning_fp8.optim.adamw import FP8AdamW, new_state
+from lightning_fp8.optim.codecs import Codec, Stored
+from lightning_fp8.optim.stored import expand, store
 
-_CHUNK_ELEMENTS = 1 << 20
-_NAMES = {"exp_avg": "m", "exp_avg_sq": "v"}
+_NAMES = ("exp_avg", "exp_avg_sq")
 
 
 def import_adamw_state(optimizer: FP8AdamW, state_dict: dict[str, Any]) -> None:
@@ -58,8 +58,9 @@ def export_fp32_state(optimizer: FP8AdamW) -> dict[str, Any]:
         known = {name: value for name, value in group.items() if name in (*adamw, "initial_lr", "param_names")}
         groups.append({**adamw, **known, "params": list(range(first, first + len(group["params"])))})
         for number, p in enumerate(group["params"], start=first):
-            if p in optimizer.state:
-                state[number] = _decoded(p, group["block_size"], optimizer.state[p])
+            if stored := optimizer.state.get(p):
+                moments = expand(p, group["block_size"], [_codec(p, stored)], stored)
+                state[number] = {"step": stored["step"].float(), **moments}
     return {"state": state, "param_groups": groups}
 
 
@@ -72,36 +73,13 @@ def _encoded(p: Tensor, group: dict[str, Any], saved: dict[str, Any]) -> dict[st
             )
     state = new_state(p, group)
     state["step"].copy_(torch.as_tensor(saved["step"]))
-    place, size = shards.place_of(p), group["block_size"]
-    if not all(place.shape):
-        return state
-    moments = [shards.local_part(shards.cut_alike(saved[name], p)).float().view(place.shape) for name in _NAMES]
-    kind, stored = _matrices(state, place)
-    for rows in blocks.chunks((place.shape,), _CHUNK_ELEMENTS):
-        m, v = (blocks.gather([t], rows, size) for t in moments)
-        # Half a code up and down: to nearest, because nothing repeats this rounding.
-        for target, value in zip(stored, kind.encode(m, v, torch.full_like(m, 0.5)), strict=True):
-            blocks.scatter(value, [target], rows)
-    return state
+    return state | store(p, group["block_size"], [_codec(p, state)], saved)
 
 
-def _decoded(p: Tensor, size: int, saved: dict[str, Tensor]) -> dict[str, Tensor]:
-    state = {name: shards.new_elements(p, torch.float32) for name in _NAMES}
-    place = shards.place_of(p)
-    if not all(place.shape):
-        return {"step": saved["step"].float(), **state}
-    targets = [shards.local_part(value).view(place.shape) for value in state.values()]
-    kind, stored = _matrices(saved, place)
-    for rows in blocks.chunks((place.shape,), _CHUNK_ELEMENTS):
-        moments = kind(*(blocks.gather([t], rows, size if t.shape == place.shape else 1) for t in stored)).decode()
-        for target, value in zip(targets, moments, strict=True):
-            blocks.scatter(value, [target], rows)
-    return {"step": saved["step"].float(), **state}
-
-
-def _matrices(
-    state: dict[str, Tensor], place: shards.Place
-) -> tuple[type[FP8Moments] | type[FP32Moments], list[Tensor]]:
-    """The codec of a state, and what it stores, as matrices in the codec's order."""
+def _codec(p: Tensor, state: dict[str, Tensor]) -> Codec:
+    """How the moments in `state` are stored."""
     kind = FP8Moments if "m_codes" in state else FP32Moments
-    return kind, [shards.local_part(state[name]).view(place.shape[0], -1) for name in kind._fields]
+    stored = tuple(Stored(name, state[name].dtype, per_block=state[name].shape != p.shape) for name in kind._fields)
+    return Codec(
+        _NAMES, stored, lambda values, random: kind.encode(values[0], values[1], random), lambda s: kind(*s).decode()
+    )

@@ -60,7 +60,8 @@ class FP8Optimizer(Optimizer):
 
     Caveats:
         Muon needs whole matrices: no sharded parameters, and transient memory for the largest one. `foreach` is
-        turned off for the private instance, which steps one tensor.
+        turned off for the private instance, which steps one tensor. Gradients that are not finite do what they do to
+        the base optimizer.
     """
 
     gradient_release: GradientRelease | None = None  # set by `enable_gradient_release`

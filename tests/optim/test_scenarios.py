@@ -296,6 +296,15 @@ def test_nothing_happens_without_gradients(make):
 
 
 @every_optimizer
+def test_sparse_gradients_are_refused(make):
+    layer = nn.Embedding(4, 128, sparse=True)
+    optimizer = make(layer.parameters())
+    layer(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(ValueError, match=r"sparse; give its layer sparse=False"):
+        optimizer.step()
+
+
+@every_optimizer
 def test_it_prints_and_its_state_dict_is_the_same_each_time(make):
     params = parameters()
     optimizer = make(params)
