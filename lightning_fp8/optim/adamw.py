@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from lightning_fp8.numerics.moments import FP8Moments, FP32Moments
 from lightning_fp8.numerics.rounding import parameter_key, random_bits, row_keys, stochastic_round_bf16
 from lightning_fp8.optim import blocks, shards
-from lightning_fp8.optim.groups import parameter_names
+from lightning_fp8.optim.groups import parameter_name
 from lightning_fp8.optim.ledger import Ledger, measure_ledger
 from lightning_fp8.optim.release import GradientRelease
 from lightning_fp8.optim.state import load_exactly
@@ -145,10 +145,10 @@ class FP8AdamW(Optimizer):
     def _step_group(self, number: int, indices: Iterable[int]) -> None:
         """Steps those parameters of a group that have a gradient."""
         group = self.param_groups[number]
-        params, names = group["params"], parameter_names(group, number)
+        params = group["params"]
         members = [
             _Member(
-                names[i],
+                parameter_name(group, number, i),
                 shards.place_of(params[i]),
                 shards.local_part(params[i]),
                 shards.local_gradient(params[i]),

@@ -22,7 +22,7 @@ from lightning_fp8.numerics.rounding import parameter_key, random_bits, row_keys
 from lightning_fp8.optim import blocks, shards
 from lightning_fp8.optim.base_step import step_elements, step_matrix
 from lightning_fp8.optim.codecs import REFUSED_OPTIONS, WHOLE_MATRICES, Codec, check_base, codecs_for, codecs_in
-from lightning_fp8.optim.groups import parameter_names
+from lightning_fp8.optim.groups import parameter_name
 from lightning_fp8.optim.ledger import Ledger, measure_ledger
 from lightning_fp8.optim.release import GradientRelease
 from lightning_fp8.optim.state import load_exactly
@@ -183,7 +183,7 @@ class FP8Optimizer(Optimizer):
     def _step_group(self, number: int, indices: Iterable[int]) -> None:
         """Steps those parameters of a group that have a gradient."""
         group = self.param_groups[number]
-        params, names = group["params"], parameter_names(group, number)
+        params = group["params"]
         batches: dict[Any, list[_Member]] = {}
         for i in indices:
             p = params[i]
@@ -194,7 +194,8 @@ class FP8Optimizer(Optimizer):
             self.state[p]["step"] += 1
             place, weight, grad = shards.place_of(p), shards.local_part(p), shards.local_gradient(p)
             if weight.numel():
-                member = _Member(p, names[i], place, weight.view(place.shape), grad.reshape(place.shape))
+                name = parameter_name(group, number, i)
+                member = _Member(p, name, place, weight.view(place.shape), grad.reshape(place.shape))
                 batches.setdefault(self._kind(member), []).append(member)
             else:
                 self._step_nothing(p, group)
