@@ -13,7 +13,16 @@ PACKAGE = Path(lightning_fp8.__file__).parent
 # What others' code imports. A name may be added here; one that disappears breaks somebody.
 PROMISED = {
     "lightning_fp8": ["FP8Linear", "FP8Precision", "FabricFP8Precision", "Recipe", "convert_linears", "fp8_autocast"],
-    "lightning_fp8.optim": ["FP8AdamW", "Schedule", "WarmupCosine", "WarmupStableDecay"],
+    "lightning_fp8.optim": [
+        "FP8AdamW",
+        "FP8Optimizer",
+        "Schedule",
+        "WarmupCosine",
+        "WarmupStableDecay",
+        "enable_gradient_release",
+        "export_fp32_state",
+        "import_adamw_state",
+    ],
     "lightning_fp8.models": ["Decoder", "DecoderConfig", "DecoderLM", "generate"],
     "lightning_fp8.data": ["TokenDataModule", "prepare"],
     "lightning_fp8.callbacks": ["LastCheckpoint", "RunLog", "RunReport", "StepProgress", "Throughput"],

@@ -19,7 +19,14 @@ from torch.optim import Optimizer
 from lightning_fp8.metrics import BitsPerByte, Perplexity
 from lightning_fp8.models.config import DecoderConfig
 from lightning_fp8.models.decoder import Decoder
-from lightning_fp8.optim import FP8AdamW, Schedule, WarmupCosine, decay_groups
+from lightning_fp8.optim import (
+    FP8AdamW,
+    GradientRelease,
+    Schedule,
+    WarmupCosine,
+    decay_groups,
+    enable_gradient_release,
+)
 
 _CONFIG_KEY = "decoder_config"
 
@@ -34,6 +41,8 @@ class DecoderLM(LightningModule):
         config: The decoder's shape.
         optimizer: Called with parameter groups; its weight decay applies to parameters of two and more dimensions.
         schedule: Of the learning rate, stepped once per optimizer step.
+        gradient_release: Step each parameter in backward and free its gradient: 2 bytes a parameter less. Needs an
+            optimizer that can, such as `FP8AdamW`; excludes gradient clipping, accumulation and DDP.
     """
 
     def __init__(
@@ -41,11 +50,14 @@ class DecoderLM(LightningModule):
         config: DecoderConfig,
         optimizer: OptimizerCallable = FP8AdamW,
         schedule: Schedule | None = None,
+        gradient_release: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
         self.optimizer = optimizer
         self.schedule = schedule or WarmupCosine()
+        self.gradient_release = gradient_release
+        self._release: GradientRelease | None = None
         self.decoder: Decoder | None = None
         self.perplexity = Perplexity()
         self.bits_per_byte: BitsPerByte | None = None
@@ -124,8 +136,21 @@ class DecoderLM(LightningModule):
             self.bits_per_byte.reset()
 
     def configure_optimizers(self) -> Any:
-        """The optimizer over decayed and undecayed parameters, and the schedule stepped by optimizer steps."""
-        optimizer = self.optimizer(decay_groups(self))
+        """The optimizer over decayed and undecayed parameters, and the schedule stepped by optimizer steps.
+
+        Raises:
+            ValueError: Gradients are to be released, and the optimizer or the Trainer cannot do so.
+        """
+        optimizer: Any = self.optimizer(decay_groups(self))
+        if self._release is not None:  # of an earlier fit
+            self._release.remove()
+        if self.gradient_release:
+            self._release = enable_gradient_release(self, optimizer)
+            self._release.check(
+                self,
+                gradient_clip_val=self.trainer.gradient_clip_val,
+                accumulate_grad_batches=self.trainer.accumulate_grad_batches,
+            )
         scheduler = self.schedule.of(optimizer, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -66,4 +66,5 @@ class Signed(NamedTuple):
 def _levels(device: torch.device) -> tuple[Tensor, Tensor]:
     """Of each of the 256 codes, log2 of its magnitude over 448, fp64, and its sign, fp32."""
     values = torch.arange(256, dtype=torch.uint8).view(E4M3.dtype).double()
-    return (values.abs() / E4M3.max).log2().to(device), torch.ones(256).copysign(values.float()).to(device)
+    signs = torch.ones_like(values).copysign(values).float()
+    return (values.abs() / E4M3.max).log2().to(device), signs.to(device)

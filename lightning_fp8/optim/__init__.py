@@ -1,4 +1,4 @@
-"""What an optimizer step does: FP8 moments, stochastic rounding, schedules."""
+"""What an optimizer step does: FP8 state, stochastic rounding, gradient release, checkpoints, schedules."""
 
 from lightning_fp8.optim.adamw import FP8AdamW
 from lightning_fp8.optim.groups import decay_groups

@@ -26,7 +26,7 @@ from lightning_fp8.numerics.weights import BF16_WEIGHTS
 from lightning_fp8.optim import shards
 from lightning_fp8.optim.finite import all_finite, count_skips
 from lightning_fp8.optim.fresh import moments_of, new_state, weights_of
-from lightning_fp8.optim.groups import parameter_names
+from lightning_fp8.optim.groups import parameter_name
 from lightning_fp8.optim.health import Counts, Health
 from lightning_fp8.optim.ledger import Ledger, measure_ledger
 from lightning_fp8.optim.packing import Member, alike, step_batch
@@ -191,8 +191,8 @@ class FP8AdamW(Optimizer):
     def _named_gradients(self, number: int, indices: Iterable[int]) -> Iterator[tuple[str, Tensor]]:
         """(name, parameter) of those parameters of a group that have a gradient."""
         group = self.param_groups[number]
-        params, names = group["params"], parameter_names(group, number)
-        return ((names[i], params[i]) for i in indices if params[i].grad is not None)
+        params = group["params"]
+        return ((parameter_name(group, number, i), params[i]) for i in indices if params[i].grad is not None)
 
     def _step_group(
         self, group: dict[str, Any], named: list[tuple[str, Tensor]], finite: Tensor | None

@@ -35,7 +35,8 @@ def step_elements(
     groups = [{**options, **single, "params": [weight]}]
     Optimizer.__setstate__(instance, {"defaults": base.defaults, "state": defaultdict(dict), "param_groups": groups})
     if not state and isinstance(base, torch.optim.Adagrad):  # older releases make its state when it is built
-        state = {"step": torch.zeros(()), "sum": torch.full_like(weight, group["initial_accumulator_value"])}
+        start = group["initial_accumulator_value"]
+        state = {"step": torch.zeros((), dtype=torch.float32), "sum": torch.full_like(weight, start)}
     instance.state[weight].update(state)
     weight.grad = grad
     cast(Any, kind).step.__wrapped__(instance)

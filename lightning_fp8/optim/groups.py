@@ -25,12 +25,12 @@ def decay_groups(module: nn.Module) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-def parameter_names(group: dict[str, Any], number: int) -> list[str]:
-    """The names of the parameters of group `number`, without what torch's wrappers put into them.
+def parameter_name(group: dict[str, Any], number: int, index: int) -> str:
+    """The name of parameter `index` of group `number`, without what torch's wrappers put into it.
 
-    In a group without names they are the group's number and the position.
+    In a group without names it is the group's number and the position.
     """
     names = group.get("param_names")
     if not names:
-        return [f"{number}.{i}" for i in range(len(group["params"]))]
-    return [".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in names]
+        return f"{number}.{index}"
+    return ".".join(part for part in names[index].split(".") if part not in _WRAPPERS)

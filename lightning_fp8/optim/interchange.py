@@ -1,22 +1,21 @@
 """From the state of `torch.optim.AdamW` to FP8 moments, and back to fp32.
 
 A run that began with fp32 moments goes on with `import_adamw_state`; one that is to be continued elsewhere leaves with
-`export_fp32_state`, which `torch.optim.AdamW` loads. Both go through the codecs a bounded chunk of rows at a time.
-Exporting is exact: the fp32 values are those that the codes stand for. Importing rounds once, to nearest.
+`export_fp32_state`, which `torch.optim.AdamW` loads. Exporting is exact: the fp32 values are those that the codes stand
+for. Importing rounds once, to nearest.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_fp8.optim import blocks, shards
 from lightning_fp8.optim.adamw import FP8AdamW
+from lightning_fp8.optim.codecs import Codec, Stored
 from lightning_fp8.optim.fresh import moments_of, new_state
+from lightning_fp8.optim.stored import expand, store
 
-_CHUNK_ELEMENTS = 1 << 20
-_NAMES = {"exp_avg": "m", "exp_avg_sq": "v"}
+_NAMES = ("exp_avg", "exp_avg_sq")
 
 
 def import_adamw_state(optimizer: FP8AdamW, state_dict: dict[str, Any]) -> None:
@@ -59,8 +58,9 @@ def export_fp32_state(optimizer: FP8AdamW) -> dict[str, Any]:
         known = {name: value for name, value in group.items() if name in (*adamw, "initial_lr", "param_names")}
         groups.append({**adamw, **known, "params": list(range(first, first + len(group["params"])))})
         for number, p in enumerate(group["params"], start=first):
-            if p in optimizer.state:
-                state[number] = _decoded(p, group, optimizer.state[p])
+            if stored := optimizer.state.get(p):
+                moments = expand(p, group["block_size"], [_codec(p, group, stored)], stored)
+                state[number] = {"step": stored["step"].float(), **moments}
     return {"state": state, "param_groups": groups}
 
 
@@ -73,35 +73,13 @@ def _encoded(p: Tensor, group: dict[str, Any], saved: dict[str, Any]) -> dict[st
             )
     state = new_state(p, group)
     state["step"].copy_(torch.as_tensor(saved["step"]))
-    place, size = shards.place_of(p), group["block_size"]
-    if not all(place.shape):
-        return state
-    moments = [shards.local_part(shards.cut_alike(saved[name], p)).float().view(place.shape) for name in _NAMES]
+    return state | store(p, group["block_size"], [_codec(p, group, state)], saved)
+
+
+def _codec(p: Tensor, group: dict[str, Any], state: dict[str, Tensor]) -> Codec:
+    """How the moments in `state` are stored."""
     kind = moments_of(p, group["moments"])
-    stored = _matrices(kind._fields, state, place)
-    for rows in blocks.chunks((place.shape,), _CHUNK_ELEMENTS):
-        m, v = (blocks.gather([t], rows, size) for t in moments)
-        # Half a code up and down: to nearest, because nothing repeats this rounding.
-        for target, value in zip(stored, kind.encode(m, v, torch.full_like(m, 0.5)), strict=True):
-            blocks.scatter(value, [target], rows)
-    return state
-
-
-def _decoded(p: Tensor, group: dict[str, Any], saved: dict[str, Tensor]) -> dict[str, Tensor]:
-    state = {name: shards.new_elements(p, torch.float32) for name in _NAMES}
-    place, size = shards.place_of(p), group["block_size"]
-    if not all(place.shape):
-        return {"step": saved["step"].float(), **state}
-    targets = [shards.local_part(value).view(place.shape) for value in state.values()]
-    kind = moments_of(p, group["moments"])
-    stored = _matrices(kind._fields, saved, place)
-    for rows in blocks.chunks((place.shape,), _CHUNK_ELEMENTS):
-        moments = kind(*(blocks.gather([t], rows, size if t.shape == place.shape else 1) for t in stored)).decode()
-        for target, value in zip(targets, moments, strict=True):
-            blocks.scatter(value, [target], rows)
-    return {"step": saved["step"].float(), **state}
-
-
-def _matrices(names: Iterable[str], state: dict[str, Tensor], place: shards.Place) -> list[Tensor]:
-    """The local parts of what a codec stores, as matrices, in its order."""
-    return [shards.local_part(state[name]).view(place.shape[0], -1) for name in names]
+    stored = tuple(Stored(name, state[name].dtype, per_block=state[name].shape != p.shape) for name in kind._fields)
+    return Codec(
+        _NAMES, stored, lambda values, random: kind.encode(values[0], values[1], random), lambda s: kind(*s).decode()
+    )

@@ -45,6 +45,13 @@ class GradientRelease:
             for index, p in enumerate(group["params"])
         }
         released = [(name, p) for name, p in model.named_parameters() if p in self._places and p.requires_grad]
+        for name, p in released:
+            hooks: dict[int, Any] = p._post_accumulate_grad_hooks or {}
+            if any(isinstance(getattr(hook, "__self__", None), GradientRelease) for hook in hooks.values()):
+                raise ValueError(
+                    f"Gradient release is enabled already for {name}; call remove() on the earlier handle first, or two"
+                    " optimizers would step it."
+                )
         self._names: dict[Tensor, str] = {p: name for name, p in released}
         self._handles = [p.register_post_accumulate_grad_hook(self._on_gradient) for _, p in released]
         self._handles += [
@@ -107,7 +114,8 @@ def enable_gradient_release(model: nn.Module, optimizer: StepsParameters) -> Gra
         optimizer has no release.
 
     Raises:
-        ValueError: The model is in DDP or FSDP1, the optimizer cannot step one parameter or has a release already.
+        ValueError: The model is in DDP or FSDP1, the optimizer cannot step one parameter, or the model's gradients are
+            released already.
     """
     _refuse_wrappers(model)
     if not hasattr(optimizer, "step_parameter"):
@@ -115,8 +123,6 @@ def enable_gradient_release(model: nn.Module, optimizer: StepsParameters) -> Gra
             f"Gradient release needs an optimizer that can step one parameter, and {type(optimizer).__name__} cannot:"
             " use lightning_fp8.optim.FP8AdamW."
         )
-    if optimizer.gradient_release is not None:
-        raise ValueError("Gradient release is enabled already for this optimizer; call remove() on its handle first.")
     optimizer.gradient_release = GradientRelease(model, optimizer)
     return optimizer.gradient_release
 

@@ -91,10 +91,19 @@ def local_part(t: Tensor) -> Tensor:
 
 
 def local_gradient(p: Tensor) -> Tensor:
-    """What this process holds of the gradient of `p`, cut as `p` is."""
+    """What this process holds of the gradient of `p`, cut as `p` is.
+
+    Raises:
+        ValueError: There is none, or it is sparse.
+    """
     grad = p.grad
     if grad is None:
         raise ValueError(f"A parameter of shape {tuple(p.shape)} has no gradient; call backward() first.")
+    if grad.layout is not torch.strided:
+        raise ValueError(
+            f"The gradient of a parameter of shape {tuple(p.shape)} is sparse; give its layer sparse=False, or that"
+            " parameter another optimizer."
+        )
     if isinstance(p, DTensor) and isinstance(grad, DTensor) and grad.placements != p.placements:
         with torch.no_grad():  # replicated weights under sequence parallelism have partial gradients
             return local_part(grad.redistribute(placements=p.placements))

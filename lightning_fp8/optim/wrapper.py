@@ -22,7 +22,7 @@ from lightning_fp8.numerics.rounding import dither, parameter_key, random_bits, 
 from lightning_fp8.optim import blocks, shards
 from lightning_fp8.optim.base_step import step_elements, step_matrix
 from lightning_fp8.optim.codecs import REFUSED_OPTIONS, WHOLE_MATRICES, Codec, check_base, codecs_for, codecs_in
-from lightning_fp8.optim.groups import parameter_names
+from lightning_fp8.optim.groups import parameter_name
 from lightning_fp8.optim.ledger import Ledger, measure_ledger
 from lightning_fp8.optim.release import GradientRelease
 from lightning_fp8.optim.state import load_exactly
@@ -60,7 +60,8 @@ class FP8Optimizer(Optimizer):
 
     Caveats:
         Muon needs whole matrices: no sharded parameters, and transient memory for the largest one. `foreach` is
-        turned off for the private instance, which steps one tensor.
+        turned off for the private instance, which steps one tensor. Gradients that are not finite do what they do to
+        the base optimizer.
     """
 
     gradient_release: GradientRelease | None = None  # set by `enable_gradient_release`
@@ -155,8 +156,8 @@ class FP8Optimizer(Optimizer):
                     self._allocate(p, group)
 
     def _allocate(self, p: Tensor, group: dict[str, Any]) -> None:
-        probe = torch.zeros(1, 1)  # which state there is does not depend on what is stepped
-        after = step_elements(self.base, group, probe, torch.zeros(1, 1), {})
+        probe = torch.zeros(1, 1, dtype=torch.float32)  # which state there is does not depend on what is stepped
+        after = step_elements(self.base, group, probe, torch.zeros_like(probe), {})
         codecs = self._codecs(p, group, tensors_of(after))
         step = {"step": torch.zeros((), dtype=torch.int64)}
         self.state[p].update(scalars_of(after) | step | new_stored(p, group["block_size"], codecs))
@@ -182,7 +183,7 @@ class FP8Optimizer(Optimizer):
     def _step_group(self, number: int, indices: Iterable[int]) -> None:
         """Steps those parameters of a group that have a gradient."""
         group = self.param_groups[number]
-        params, names = group["params"], parameter_names(group, number)
+        params = group["params"]
         batches: dict[Any, list[_Member]] = {}
         for i in indices:
             p = params[i]
@@ -193,7 +194,8 @@ class FP8Optimizer(Optimizer):
             self.state[p]["step"] += 1
             place, weight, grad = shards.place_of(p), shards.local_part(p), shards.local_gradient(p)
             if weight.numel():
-                member = _Member(p, names[i], place, weight.view(place.shape), grad.reshape(place.shape))
+                name = parameter_name(group, number, i)
+                member = _Member(p, name, place, weight.view(place.shape), grad.reshape(place.shape))
                 batches.setdefault(self._kind(member), []).append(member)
             else:
                 self._step_nothing(p, group)
@@ -202,7 +204,7 @@ class FP8Optimizer(Optimizer):
 
     def _step_nothing(self, p: Tensor, group: dict[str, Any]) -> None:
         """Steps the scalars of a parameter of which this process holds no element, as other processes step them."""
-        state, probe = self.state[p], torch.zeros(1, 1)
+        state, probe = self.state[p], torch.zeros(1, 1, dtype=torch.float32)
         before = _scalars_before(state)
         if before:
             keys = [key for codec in codecs_in(self.base, tensors_of(state)) for key in codec.keys]

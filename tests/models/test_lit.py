@@ -177,3 +177,24 @@ def test_evaluation_logs_the_mean_over_all_tokens(stage: str) -> None:
 def test_outside_a_trainer_the_decoder_is_made_when_called() -> None:
     logits = model_of()(BATCH[:, :-1])
     assert logits.shape == (4, 16, 64)
+
+
+def test_released_gradients_train_the_same_model() -> None:
+    """Also in a second fit, whose optimizer is another."""
+    weights = []
+    for released in (False, True):
+        model = model_of()
+        model.gradient_release = released
+        for _ in range(2):
+            trainer_of(max_steps=3).fit(model, loader())
+        assert all((p.grad is None) is released for p in model.parameters())
+        weights.append(model.state_dict())
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+@pytest.mark.parametrize("options", [{"gradient_clip_val": 1.0}, {"accumulate_grad_batches": 2}])
+def test_gradients_that_are_released_cannot_be_clipped_or_accumulated(options: dict[str, Any]) -> None:
+    model = model_of()
+    model.gradient_release = True
+    with pytest.raises(ValueError, match=next(iter(options))):
+        trainer_of(max_steps=2, **options).fit(model, loader())

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from lightning_fp8.optim import FP8AdamW, export_fp32_state, import_adamw_state, interchange
+from lightning_fp8.optim import FP8AdamW, export_fp32_state, import_adamw_state, stored
 
 SHAPES = {"a": (24, 256), "ragged": (16, 200), "conv": (4, 16, 3, 3), "norm": (96,), "empty": (0, 128)}
 OPTIONS = {"lr": 0.01, "betas": (0.9, 0.95), "weight_decay": 0.1}
@@ -75,7 +75,7 @@ def test_an_imported_run_goes_on_like_the_original():
 @pytest.mark.parametrize("moments", ["fp8", "fp32"])
 def test_exported_state_is_what_the_codes_stand_for(moments, monkeypatch):
     """Loaded by torch's AdamW it gives the same next step, to the roundings of fp32."""
-    monkeypatch.setattr(interchange, "_CHUNK_ELEMENTS", 1000)
+    monkeypatch.setattr(stored, "_CHUNK_ELEMENTS", 1000)
     params, ours = trained(FP8AdamW, moments=moments)
     others = {name: torch.nn.Parameter(p.detach().clone()) for name, p in params.items()}
     torchs = torch.optim.AdamW(others.items(), lr=9.0)

@@ -147,8 +147,9 @@ def test_what_cannot_work_is_refused_before_training():
         release.check(model, gradient_clip_val=1.0, accumulate_grad_batches=1)
     with pytest.raises(ValueError, match="accumulate_grad_batches=4"):
         release.check(model, gradient_clip_val=None, accumulate_grad_batches=4)
-    with pytest.raises(ValueError, match="enabled already"):
-        enable_gradient_release(model, optimizer)
+    for again in (optimizer, FP8AdamW(model.parameters())):  # a second optimizer would silently step nothing
+        with pytest.raises(ValueError, match=r"enabled already for embedding\.weight; call remove\(\)"):
+            enable_gradient_release(model, again)
     with pytest.raises(ValueError, match="SGD cannot"):
         enable_gradient_release(model, torch.optim.SGD(model.parameters()))
 
