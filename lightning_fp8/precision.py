@@ -130,7 +130,9 @@ class FabricFP8Precision(FabricPrecision):
             backend=self.backend,
         )
         if not self.report.converted:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in list(self.report.kept.items())[:3])
+            linears = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+            examples = {self.report.kept[name]: name for name in reversed(linears)}
+            reasons = "; ".join(f"{name}: {reason}" for reason, name in list(examples.items())[::-1][:3])
             raise ValueError(
                 f"FP8Precision: {type(module).__name__} has no linear layer that can run in FP8"
                 f" ({reasons or 'it has no torch.nn.Linear'}). Remove the plugin, or widen what it may convert."
