@@ -5,8 +5,10 @@ small learning rate adds; a schedule that ends in bf16 has to know where the end
 """
 
 import math
+from typing import Any, cast
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
@@ -48,6 +50,20 @@ def warn_of_rounding(weights: str, optimizer: Optimizer) -> None:
         )
 
 
+def check_release(model: nn.Module, optimizer: Optimizer) -> None:
+    """Checks an optimizer that steps in backward against what the Trainer is to do with the gradients.
+
+    Raises:
+        ValueError: It is to clip, accumulate or reduce them.
+    """
+    release = getattr(optimizer, "gradient_release", None)  # of lightning_fp8.optim, which this need not know
+    if release is not None:
+        trainer = trainer_of(model)
+        release.check(
+            model, gradient_clip_val=trainer.gradient_clip_val, accumulate_grad_batches=_accumulation(trainer)
+        )
+
+
 def check_total(bf16_last_steps: int, total: int | None) -> None:
     """Checks that the end of a schedule is known.
 
@@ -65,6 +81,20 @@ def total_steps(trainer: Trainer) -> int | None:
     """How many optimizer steps the Trainer will make; None if it cannot tell."""
     total = trainer.estimated_stepping_batches
     return int(total) if 0 <= total < math.inf else None
+
+
+def trainer_of(model: nn.Module) -> Trainer:
+    """The Trainer of a LightningModule, which DDP may have wrapped."""
+    wrapped: Any = model
+    module = model if isinstance(model, LightningModule) else wrapped.module
+    trainer: Trainer = module.trainer
+    return trainer
+
+
+def _accumulation(trainer: Trainer) -> int:
+    """The largest number of batches a step, of all epochs."""
+    schedules = [c.scheduling for c in cast(Any, trainer).callbacks if isinstance(c, GradientAccumulationScheduler)]
+    return max(trainer.accumulate_grad_batches, *(n for schedule in schedules for n in schedule.values()), 1)
 
 
 def _ids(optimizer: Optimizer) -> set[int]:

@@ -20,17 +20,24 @@ from weakref import WeakSet
 
 import torch
 from lightning.fabric.plugins.precision import Precision as FabricPrecision
-from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import Precision
 from lightning_utilities import apply_to_collection
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_fp8.checks import check_owns_all, check_owns_some, check_total, total_steps, warn_of_rounding
+from lightning_fp8.checks import (
+    check_owns_all,
+    check_owns_some,
+    check_release,
+    check_total,
+    total_steps,
+    trainer_of,
+    warn_of_rounding,
+)
 from lightning_fp8.compute.autocast import fp8_autocast, frozen_scales
 from lightning_fp8.compute.convert import KEEP_HIGH_PRECISION, ConversionReport, convert_linears
-from lightning_fp8.compute.gemm import Backend, select_backend
+from lightning_fp8.compute.gemm import Backend, describe_backend, select_backend
 from lightning_fp8.compute.linear import end_step, switch
 from lightning_fp8.compute.recipe import Recipe, resolve_recipe
 from lightning_fp8.compute.state import fp8_state_dict, load_fp8_state_dict
@@ -139,7 +146,7 @@ class FabricFP8Precision(FabricPrecision):
             )
         rank_zero_info(
             f"FP8: {len(self.report.converted)} linear layers converted, {len(self.report.kept)} kept in high"
-            f" precision; backend {self.backend}, weights {self.weights}."
+            f" precision; weights are {self.weights}, GEMMs {describe_backend(self.backend, self.recipe)}."
         )
         if not any(module is known for known in self._modules):
             self._modules.append(module)
@@ -260,15 +267,18 @@ class FP8Precision(FabricFP8Precision, Precision):
         """Checks that the optimizers train this model, and can train weights of this dtype; starts the schedule.
 
         Raises:
-            ValueError: An optimizer holds parameters that are not the model's, or `bf16_last_steps` cannot be counted.
+            ValueError: An optimizer holds parameters that are not the model's, or releases gradients that the Trainer
+                is to clip, accumulate or reduce; or `bf16_last_steps` cannot be counted.
         """
         for optimizer in optimizers:
             check_owns_all(model, optimizer)
+            check_release(model, optimizer)
             self._accept(optimizer)
-        if optimizers and isinstance(module := self._modules[-1], LightningModule):
-            self.steps = module.trainer.global_step
+        if optimizers:
+            trainer = trainer_of(model)
+            self.steps = trainer.global_step
             if self.bf16_last_steps:
-                self._last_step = self.total_steps or total_steps(module.trainer)
+                self._last_step = self.total_steps or total_steps(trainer)
                 check_total(self.bf16_last_steps, self._last_step)
         return model, optimizers, lr_schedulers
 

@@ -96,6 +96,11 @@ def test_a_model_without_a_convertible_layer_is_refused(tmp_path):
         FabricFP8Precision().convert_module(nn.Conv2d(3, 3, 3))
 
 
+def test_the_trainer_can_keep_slow_layers_out(tmp_path):
+    with pytest.raises(ValueError, match=r"32 x 64 are slower in FP8"):
+        trainer(tmp_path, FP8Precision(keep_slow=True)).fit(Regression(), batches())
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

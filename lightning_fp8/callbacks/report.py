@@ -23,7 +23,8 @@ from lightning_fp8.callbacks.throughput import Throughput
 from lightning_fp8.compute.gemm import GemmRecord, record_gemms
 from lightning_fp8.compute.linear import FP8Linear
 from lightning_fp8.data import TokenDataModule
-from lightning_fp8.models.accounting import FlopCounter, Ledger, measure_ledger
+from lightning_fp8.models.accounting import FlopCounter
+from lightning_fp8.optim.ledger import Ledger, measure_ledger
 
 
 class RunReport(Callback):
@@ -100,7 +101,11 @@ class RunReport(Callback):
             "tokens_per_second": speed,
             "fp8/linears": sum(isinstance(module, FP8Linear) for module in pl_module.modules()),
             "fp8/flop_share": sum(gemm.flops for gemm in self._gemms) / max(1, self._flops.flops),
-            "bytes_per_param": {"weights": ledger.weights, "grads": ledger.grads, "moments": ledger.moments},
+            "bytes_per_param": {
+                "weights": ledger.weights,
+                "grads": ledger.grads,
+                "moments": ledger.moments + ledger.scales,
+            },
         }
 
 

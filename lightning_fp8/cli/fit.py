@@ -37,28 +37,26 @@ def run(args: list[str]) -> None:
     start(FP8CLI, ["lightning-fp8", *args])
 
 
-def start(cli: type[CLI], argv: list[str], *, run: bool = True) -> CLI:
-    """A LightningCLI over the decoder and its data, with the command line `argv`.
+def start(cli: type[CLI], argv: list[str], **options: Any) -> CLI:
+    """A LightningCLI over the decoder and its data, with the command line `argv`, the program's name first.
 
     Args:
         cli: The class.
-        argv: The program's name first.
-        run: Whether a verb follows in `argv` and is carried out.
+        argv: The verb, which is carried out, and its options.
+        options: Of LightningCLI, instead of those of `fit`.
     """
     for message in _NOISE:
         warnings.filterwarnings("ignore", message)
     sys.argv = argv  # LightningCLI advises against its `args` parameter for command lines
-    return cli(
-        DecoderLM,
-        TokenDataModule,
-        seed_everything_default=0,
-        auto_configure_optimizers=False,
-        save_config_callback=StartRun,
-        save_config_kwargs={"overwrite": True},
-        parser_class=FitParser,
-        trainer_defaults={"default_root_dir": "runs/default"},
-        run=run,
-    )
+    defaults: dict[str, Any] = {
+        "seed_everything_default": 0,
+        "auto_configure_optimizers": False,
+        "save_config_callback": StartRun,
+        "save_config_kwargs": {"overwrite": True},
+        "parser_class": FitParser,
+        "trainer_defaults": {"default_root_dir": "runs/default"},
+    }
+    return cli(DecoderLM, TokenDataModule, **{**defaults, **options})
 
 
 class StartRun(SaveConfigCallback):

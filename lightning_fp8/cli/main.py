@@ -17,6 +17,7 @@ VERBS = {
     "prepare": ("lightning_fp8.cli.prepare", "turn text files into token chunks"),
     "generate": ("lightning_fp8.cli.generate", "continue a text from a checkpoint"),
     "plan": ("lightning_fp8.cli.plan", "which layers of a configuration run in FP8, and what that gains"),
+    "estimate": ("lightning_fp8.cli.estimate", "memory of weights, gradients and optimizer state"),
     "doctor": ("lightning_fp8.cli.doctor", "check this machine and what is installed on it"),
 }
 

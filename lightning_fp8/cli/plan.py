@@ -6,8 +6,7 @@ The gain is measured where this machine has FP8 GEMMs, and predicted from the da
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_fp8 import hardware
-from lightning_fp8.cli.blueprint import Blueprint
-from lightning_fp8.cli.fit import start
+from lightning_fp8.cli.blueprint import Blueprint, read
 from lightning_fp8.compute.convert import convert_linears
 from lightning_fp8.compute.recipe import ROLES, Recipe
 from lightning_fp8.compute.speed import LayerSize, Seconds, layer_sizes, measure, predict
@@ -29,11 +28,11 @@ class PlanCLI(Blueprint):
 
 def run(args: list[str]) -> None:
     """Prints the plan for the configuration in `args`."""
-    cli = start(PlanCLI, ["lightning-fp8 plan", *args[1:]], run=False)
+    cli = read(PlanCLI, args)
     plugin = cli.plugin()
     if plugin is None:
         raise ValueError("fp8.enabled is false, so no layer would run in FP8. Set it to true to plan.")
-    model = cli.sketch()
+    model = cli.model
     sizes = layer_sizes(model, cli.example())
     report = convert_linears(
         model, plugin.recipe, keep_high_precision=plugin.keep_high_precision, keep_slow=plugin.keep_slow

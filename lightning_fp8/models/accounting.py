@@ -1,53 +1,10 @@
-"""What a model costs, measured: bytes in storages, FLOPs of the products that really ran."""
+"""FLOPs of the products that really ran."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
-
-
-@dataclass(frozen=True)
-class Ledger:
-    """Bytes a parameter.
-
-    Attributes:
-        weights: Of the parameters themselves.
-        grads: Of their gradients, as they exist now.
-        moments: Of everything the optimizers keep for them, scales included.
-    """
-
-    weights: float
-    grads: float
-    moments: float
-
-    @property
-    def total(self) -> float:
-        """All three."""
-        return self.weights + self.grads + self.moments
-
-
-def measure_ledger(parameters: Iterable[nn.Parameter], optimizers: Iterable[Optimizer]) -> Ledger:
-    """Sums the storages that exist now for `parameters`; shared storages count once.
-
-    Args:
-        parameters: Of which the ledger is asked, all of a model or some.
-        optimizers: Whose state is looked up.
-    """
-    params = list(dict.fromkeys(parameters))
-    count = sum(p.numel() for p in params)
-    states: list[Any] = [optimizer.state[p] for optimizer in optimizers for p in params if p in optimizer.state]
-    moments = [value for state in states for value in state.values() if isinstance(value, Tensor)]
-    sizes = (_storage_bytes(tensors) for tensors in (params, [p.grad for p in params if p.grad is not None], moments))
-    return Ledger(*(size / max(1, count) for size in sizes))
-
-
-def _storage_bytes(tensors: Iterable[Tensor]) -> int:
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
 
 
 class FlopCounter(TorchDispatchMode):

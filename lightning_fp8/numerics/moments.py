@@ -131,8 +131,9 @@ def decode_root_v(codes: Tensor, hi: Tensor, density: Tensor) -> Tensor:
     per_octave, base = _lattice(hi, density)
     half_octaves = 0.5 / per_octave
     root = (codes.double() * half_octaves).add_((base - 253.0 + 2 * _MARGIN) * half_octaves).exp2_()
-    # The last point of the lattice is at hi or above, and means hi; a point below 2^-126 would be lost.
-    root = root.minimum(hi.double().sqrt()).clamp_min_(_TINY**0.5)
+    # The last point of the lattice is at hi or above, and means hi. 2^-126 is a point of every lattice, so that none
+    # below it is ever needed.
+    root = root.minimum(hi.double().sqrt())
     return root.mul_(codes.clamp_max(1).double())
 
 

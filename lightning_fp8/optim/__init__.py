@@ -2,6 +2,20 @@
 
 from lightning_fp8.optim.adamw import FP8AdamW
 from lightning_fp8.optim.groups import decay_groups
+from lightning_fp8.optim.interchange import export_fp32_state, import_adamw_state
+from lightning_fp8.optim.release import GradientRelease, enable_gradient_release
 from lightning_fp8.optim.schedules import Schedule, WarmupCosine, WarmupStableDecay
+from lightning_fp8.optim.wrapper import FP8Optimizer
 
-__all__ = ["FP8AdamW", "Schedule", "WarmupCosine", "WarmupStableDecay", "decay_groups"]
+__all__ = [
+    "FP8AdamW",
+    "FP8Optimizer",
+    "GradientRelease",
+    "Schedule",
+    "WarmupCosine",
+    "WarmupStableDecay",
+    "decay_groups",
+    "enable_gradient_release",
+    "export_fp32_state",
+    "import_adamw_state",
+]

@@ -22,18 +22,21 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_fp8.numerics.weights import BF16_WEIGHTS, STATE_DTYPES
-from lightning_fp8.optim import blocks
+from lightning_fp8.numerics.weights import BF16_WEIGHTS
+from lightning_fp8.optim import shards
 from lightning_fp8.optim.finite import all_finite, count_skips
+from lightning_fp8.optim.fresh import moments_of, new_state, weights_of
+from lightning_fp8.optim.groups import parameter_names
 from lightning_fp8.optim.health import Counts, Health
-from lightning_fp8.optim.packing import Member, alike, moments_of, step_batch, weights_of
+from lightning_fp8.optim.ledger import Ledger, measure_ledger
+from lightning_fp8.optim.packing import Member, alike, step_batch
+from lightning_fp8.optim.release import GradientRelease
+from lightning_fp8.optim.state import load_exactly
 from lightning_fp8.optim.step import MOMENTS
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
-_EXACT_STATE = {"step", *STATE_DTYPES, *(name for kind in MOMENTS.values() for name in kind._fields)}
 _FREE_TO_READ = ("cpu",)  # devices whose memory the host reads without waiting
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "module")  # of compile, activation checkpointing and DDP
 
 
 class FP8AdamW(Optimizer):
@@ -83,6 +86,8 @@ class FP8AdamW(Optimizer):
 
         On a GPU a step never waits for the device, unless `max_skipped_steps` is given.
     """
+
+    gradient_release: GradientRelease | None = None  # set by `enable_gradient_release`
 
     def __init__(
         self,
@@ -152,24 +157,42 @@ class FP8AdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        named = [list(_named_gradients(group, number)) for number, group in enumerate(self.param_groups)]
-        grads = [_gradient(name, p) for group in named for name, p in group]
+        self._step([(number, range(len(group["params"]))) for number, group in enumerate(self.param_groups)])
+        return loss
+
+    @torch.no_grad()
+    def step_parameter(self, group: int, index: int) -> None:
+        """One step for parameter `index` of group number `group`, if it has a gradient: for gradient release.
+
+        A gradient that is not finite skips the step of this parameter alone.
+        """
+        self._step([(group, [index])])
+
+    def _step(self, chosen: Iterable[tuple[int, Iterable[int]]]) -> None:
+        """Steps the parameters that have a gradient among those `chosen` by group and index, all or none of them."""
+        named = {number: list(self._named_gradients(number, indices)) for number, indices in chosen}
+        grads = [_gradient(name, p) for group in named.values() for name, p in group]
         if not grads:
-            return loss
+            return
         finite = all_finite(grads)
         self._count_skip(finite)
         readable = finite.device.type in _FREE_TO_READ
         if readable and not finite:
-            return loss
+            return
         flag = None if readable else finite
         counts = [
             counted
-            for group, members in zip(self.param_groups, named, strict=True)
-            for counted in self._step_group(group, members, flag)
+            for number, members in named.items()
+            for counted in self._step_group(self.param_groups[number], members, flag)
         ]
         if counts:
             self._health = functools.reduce(Counts.plus, counts).unless_skipped(flag, self._health)
-        return loss
+
+    def _named_gradients(self, number: int, indices: Iterable[int]) -> Iterator[tuple[str, Tensor]]:
+        """(name, parameter) of those parameters of a group that have a gradient."""
+        group = self.param_groups[number]
+        params, names = group["params"], parameter_names(group, number)
+        return ((names[i], params[i]) for i in indices if params[i].grad is not None)
 
     def _step_group(
         self, group: dict[str, Any], named: list[tuple[str, Tensor]], finite: Tensor | None
@@ -177,8 +200,9 @@ class FP8AdamW(Optimizer):
         """Steps parameters of a group, all that have gradients, unless `finite` says that nothing is to change."""
         members = [
             Member(
-                _plain(name),
-                p.detach(),
+                name,
+                shards.place_of(p),
+                shards.local_part(p),
                 _gradient(name, p),
                 self._state_of(p, group),
                 moments_of(p, group["moments"]),
@@ -186,23 +210,32 @@ class FP8AdamW(Optimizer):
             )
             for name, p in named
         ]
+        # In one call for all: a tensor operation for each of hundreds of parameters would cost as much as the step.
+        steps = [member.state["step"] for member in members]
+        if steps:
+            torch._foreach_add_(steps, 1 if finite is None else [finite.to(step.device).long() for step in steps])
         for batch in alike(members):
-            flag = None if finite is None else finite.to(batch[0].weight.device)
-            # In one call for all: a tensor operation for each of hundreds of parameters would cost as much as the step.
-            steps = [member.state["step"] for member in batch]
-            torch._foreach_add_(steps, 1 if flag is None else [flag.long()] * len(steps))
-            counts = step_batch(batch, group, flag)
+            counts = step_batch(batch, group, None if finite is None else finite.to(batch[0].weight.device))
             if counts is not None:
                 yield counts
 
     def _state_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        """The state of `p`, created at its first step."""
+        """What this process holds of the state of `p`, created at its first step."""
         state: dict[str, Tensor] = self.state[p]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.int64, device=p.device)
-            state.update(_zero_moments(p, group))
-            state.update(_zero_weight_state(p, group))
-        return state
+            state.update(new_state(p, group))
+        return {name: shards.local_part(value) for name, value in state.items()}
+
+    def allocate(self) -> None:
+        """Creates the state of every parameter that has none, as its first step would."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.requires_grad and not self.state[p]:
+                    self.state[p].update(new_state(p, group))
+
+    def memory(self) -> Ledger:
+        """Bytes a parameter of weights, gradients, moments and scales, measured on the storages of this process."""
+        return measure_ledger((p for group in self.param_groups for p in group["params"]), [self])
 
     def _count_skip(self, finite: Tensor) -> None:
         self._skips = count_skips(self._skips, finite)
@@ -229,58 +262,27 @@ class FP8AdamW(Optimizer):
         return self._health.health()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state dict with every code and scale exactly as it was saved.
+        """Loads a state dict with every code and scale exactly as it was saved; see `state.py`.
 
-        `torch.optim.Optimizer` casts state to the parameter's dtype, which turns uint8 codes and fp32 scales into
-        bf16; so those tensors go round it.
+        Raises:
+            ValueError: It is the state of another optimizer.
         """
-        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        exact, others = {}, {}
-        for key, state in state_dict["state"].items():
-            exact[key] = {name: value for name, value in state.items() if name in _EXACT_STATE}
-            others[key] = {name: value for name, value in state.items() if name not in _EXACT_STATE}
-        super().load_state_dict({**state_dict, "state": others})
-        for key, p in zip(keys, params, strict=True):
-            for name, value in exact.get(key, {}).items():
-                self.state[p][name] = value.detach().clone().to(p.device)
-
-
-def _zero_moments(p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-    """Moments before the first step; what has one number an element takes the parameter's shape."""
-    rows, columns = blocks.matrix_shape(p.shape)
-    zeros = moments_of(p, group["moments"]).zeros(rows, columns, group["block_size"], p.device)
-    return {
-        name: value.view(p.shape) if value.numel() == p.numel() else value for name, value in zeros._asdict().items()
-    }
-
-
-def _zero_weight_state(p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-    """What a rounding keeps beside a bf16 weight."""
-    names = weights_of(p, group["rounding"])._fields[1:]
-    return {name: torch.zeros_like(p, dtype=STATE_DTYPES[name]) for name in names}
-
-
-def _named_gradients(group: dict[str, Any], number: int) -> Iterator[tuple[str, Tensor]]:
-    """(name, parameter) of those parameters of a group that have a gradient."""
-    names = group.get("param_names") or [f"{number}.{i}" for i in range(len(group["params"]))]
-    return ((name, p) for name, p in zip(names, group["params"], strict=True) if p.grad is not None)
+        if any("exp_avg" in state for state in state_dict["state"].values()):
+            raise ValueError(
+                "FP8AdamW: this is the state of torch.optim.AdamW; optim.import_adamw_state takes it over."
+            )
+        load_exactly(self, state_dict, super().load_state_dict)
 
 
 def _gradient(name: str, p: Tensor) -> Tensor:
-    """The gradient of `p`, outside autograd."""
+    """What this process holds of the gradient of `p`, outside autograd."""
     grad = p.grad
     if grad is None or grad.layout is not torch.strided:
         raise ValueError(
             f"FP8AdamW: the gradient of {name!r} is sparse; give its layer sparse=False, or that parameter another "
             "optimizer."
         )
-    return grad.detach()
-
-
-def _plain(name: str) -> str:
-    """The parameter's name without what torch's wrappers put into it."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    return shards.local_gradient(p)
 
 
 def _check_group(group: dict[str, Any]) -> None:

@@ -35,16 +35,26 @@ def is_matrix(shape: Sequence[int]) -> bool:
     return len(shape) >= 2 and matrix_shape(shape)[1] >= MIN_COLUMNS
 
 
-def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """The (rows, columns) that a parameter of this whole (unsharded) shape is seen as.
+def row_dimensions(shape: Sequence[int]) -> int:
+    """How many leading dimensions of a parameter of this whole (unsharded) shape count its rows.
 
     Blocks run along the last dimension or, where that is narrow (convolutions), along all but the first; a vector is
     one row.
     """
     if len(shape) < 2:
-        return 1, math.prod(shape)
-    columns = shape[-1] if shape[-1] >= MIN_COLUMNS else math.prod(shape[1:])
-    return math.prod(shape) // max(1, columns), columns
+        return 0
+    return len(shape) - 1 if shape[-1] >= MIN_COLUMNS else 1
+
+
+def matrix_shape(shape: Sequence[int], leading: int | None = None) -> tuple[int, int]:
+    """The (rows, columns) that a tensor of this shape is seen as.
+
+    Args:
+        shape: Of a whole parameter, or of a part of it.
+        leading: `row_dimensions` of the whole parameter, if `shape` is that of a part.
+    """
+    leading = row_dimensions(shape) if leading is None else leading
+    return math.prod(shape[:leading]), math.prod(shape[leading:])
 
 
 def blocks_per_row(columns: int, block_size: int) -> int:
@@ -98,16 +108,3 @@ def _split(blocks: Tensor, tensors: Sequence[Tensor], rows: Sequence[Rows]) -> I
         count = (stop - start) * blocks_per_row(columns, blocks.shape[1])
         yield blocks[first : first + count].reshape(stop - start, -1)[:, :columns]
         first += count
-
-
-def positions(
-    rows: Sequence[Rows], columns: Sequence[int], block_size: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the blocks of `rows` lie: parameter number [n], row [n] and first column [n, 1] of each, int32."""
-    parts = []
-    for owner, start, stop in rows:
-        count = blocks_per_row(columns[owner], block_size)
-        block = torch.arange(count * (stop - start), dtype=torch.int32, device=device)
-        parts.append(torch.stack([torch.full_like(block, owner), block // count + start, block % count * block_size]))
-    owners, row, first_column = torch.cat(parts, dim=1)
-    return owners, row, first_column.unsqueeze(1)

@@ -13,20 +13,21 @@ import torch
 from torch import Tensor
 
 from lightning_fp8.numerics.rounding import dither, parameter_key, random_bits, row_keys
-from lightning_fp8.numerics.weights import BF16_WEIGHTS, CorrectedWeights, FP32Weights, StochasticWeights, Weights
-from lightning_fp8.optim import blocks
+from lightning_fp8.numerics.weights import CorrectedWeights, StochasticWeights, Weights
+from lightning_fp8.optim import blocks, shards
 from lightning_fp8.optim.finite import keep_unless
 from lightning_fp8.optim.health import Counts
-from lightning_fp8.optim.step import MOMENTS, Corrections, Hyper, Moments, squared_update_size, step_blocks
+from lightning_fp8.optim.step import Corrections, Hyper, Moments, squared_update_size, step_blocks
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 24}  # temporaries that stay in a CPU's caches, or fill a GPU
 _DRAWN = (StochasticWeights, CorrectedWeights)  # weights that random bits round
 
 
 class Member(NamedTuple):
-    """One parameter of a step: its plain name, its weight and gradient outside autograd, its state and its formats."""
+    """One parameter of a step: its plain name, its formats, and what this process holds of it, outside autograd."""
 
     name: str
+    place: shards.Place
     weight: Tensor
     grad: Tensor
     state: dict[str, Tensor]
@@ -38,7 +39,7 @@ class _Batch(NamedTuple):
     """Parameters that are packed together, as matrices.
 
     Attributes:
-        shapes: (rows, columns) of each.
+        places: Of each, as a matrix, in the whole parameter.
         grads: [R, C] each.
         stored: What is rewritten, by field: the weights' tensors, then the moments', [R, C] or [R, blocks of a row].
         widths: For each field of `stored`, how many of its numbers belong to a block: `block_size` or 1.
@@ -47,23 +48,13 @@ class _Batch(NamedTuple):
         corrections: Of each parameter, [P, 1].
     """
 
-    shapes: tuple[tuple[int, int], ...]
+    places: tuple[shards.Place, ...]
     grads: list[Tensor]
     stored: dict[str, list[Tensor]]
     widths: list[int]
     keys: Tensor
     steps: Tensor
     corrections: Corrections
-
-
-def weights_of(p: Tensor, rounding: str) -> type[Weights]:
-    """The class that keeps the weights of `p`."""
-    return BF16_WEIGHTS[rounding] if p.dtype is torch.bfloat16 else FP32Weights
-
-
-def moments_of(p: Tensor, moments: str) -> type[Moments]:
-    """The class that keeps the moments of `p`: that of the format, or fp32 for vectors and narrow tensors."""
-    return MOMENTS[moments if blocks.is_matrix(p.shape) else "fp32"]
 
 
 def alike(members: Iterable[Member]) -> list[list[Member]]:
@@ -94,11 +85,11 @@ def step_batch(members: list[Member], group: dict[str, Any], finite: Tensor | No
     batch, hyper = _pack(members, group), Hyper.of(group)
     device = batch.keys.device
     lanes = torch.arange(size, dtype=torch.int32, device=device)
-    chunks = blocks.chunks(batch.shapes, _CHUNK_ELEMENTS.get(device.type, 1 << 24))
+    chunks = blocks.chunks(tuple(place.shape for place in batch.places), _CHUNK_ELEMENTS.get(device.type, 1 << 24))
     rates = _clipped_rates(batch, members, group, chunks) if group["clip_update_rms"] is not None else None
     counts: Counts | None = None
     for rows in chunks:
-        owner, row, first_column = blocks.positions(rows, [c for _, c in batch.shapes], size, device)
+        owner, row, first_column = shards.positions(rows, batch.places, size, device)
         columns, keys, steps = first_column + lanes, batch.keys[owner], batch.steps[owner]
         old = _gather(batch, rows)
         first = len(weights_kind._fields)
@@ -113,7 +104,7 @@ def step_batch(members: list[Member], group: dict[str, Any], finite: Tensor | No
             hyper if rates is None else hyper._replace(lr=rates[owner]),
         )
         if group["track_health"]:
-            elements = sum((stop - start) * batch.shapes[index][1] for index, start, stop in rows)
+            elements = sum((stop - start) * batch.places[index].shape[1] for index, start, stop in rows)
             counted = Counts.of(weights, result, elements)
             counts = counted if counts is None else counts.plus(counted)
         for tensors, new, value in zip(batch.stored.values(), (*result.weights, *result.moments), old, strict=True):
@@ -122,7 +113,8 @@ def step_batch(members: list[Member], group: dict[str, Any], finite: Tensor | No
 
 
 def _pack(members: list[Member], group: dict[str, Any]) -> _Batch:
-    shapes = tuple(blocks.matrix_shape(member.weight.shape) for member in members)
+    places = tuple(member.place for member in members)
+    shapes = [place.shape for place in places]
     weights_kind, moments_kind = members[0].weights, members[0].moments
     stored: dict[str, list[Tensor]] = {weights_kind._fields[0]: [member.weight for member in members]}
     for name in (*weights_kind._fields[1:], *moments_kind._fields):
@@ -134,7 +126,7 @@ def _pack(members: list[Member], group: dict[str, Any]) -> _Batch:
     steps = torch.stack([member.state["step"] for member in members])
     corrections = (1 - beta ** steps.double().unsqueeze(1) for beta in group["betas"])
     return _Batch(
-        shapes,
+        places,
         [member.grad.reshape(shape) for member, shape in zip(members, shapes, strict=True)],
         # `view`, for these are written to.
         {name: [t.view(s[0], -1) for t, s in zip(tensors, shapes, strict=True)] for name, tensors in stored.items()},
@@ -168,14 +160,12 @@ def _clipped_rates(
     sums: list[list[Tensor]] = [[] for _ in members]
     size = group["block_size"]
     for rows in chunks:
-        owner = blocks.positions(rows, [c for _, c in batch.shapes], size, batch.keys.device)[0]
+        owner = shards.positions(rows, batch.places, size, batch.keys.device)[0]
         corrections = Corrections(*(correction[owner] for correction in batch.corrections))
         stored = _gather(batch, rows)[-len(kind._fields) :]
         grads = blocks.gather(batch.grads, rows, size)
         squares = squared_update_size(grads, kind(*stored), corrections, hyper)
-        counts = [
-            (stop - start) * blocks.blocks_per_row(batch.shapes[i][1], group["block_size"]) for i, start, stop in rows
-        ]
+        counts = [(stop - start) * blocks.blocks_per_row(batch.places[i].shape[1], size) for i, start, stop in rows]
         # Sums of slices, not an indexed addition, whose order differs from run to run on a GPU.
         for (index, _, _), part in zip(rows, squares.split(counts), strict=True):
             sums[index].append(part.sum())

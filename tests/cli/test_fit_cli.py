@@ -114,7 +114,11 @@ def test_an_evaluation_leaves_the_run_as_it_was(fit: Fit, capsys: pytest.Capture
     ("options", "dtype", "linears"),
     [
         (["--fp8.recipe", "{preset: tensorwise, high_precision: [weight_grad]}"], torch.bfloat16, 7),
-        (["--fp8.recipe", "{input: {format: e5m2}}", "--fp8.keep_high_precision", "['*q_proj']"], torch.bfloat16, 7),
+        (
+            ["--fp8.recipe", "{input: {power_of_two: true}}", "--fp8.keep_high_precision", "['*q_proj']"],
+            torch.bfloat16,
+            7,
+        ),
         (["--fp8.enabled", "false"], torch.float32, 0),
     ],
     ids=["preset and field", "nested field", "off"],

@@ -76,6 +76,48 @@ def test_scales_that_vary_within_the_sum_are_applied_inside_it(tile_a, tile_b, k
     assert ((y.double() - exact).abs() <= k * 2**-24 * absolute).all()
 
 
+@pytest.mark.parametrize("k", [128, 200, 272, 640])
+@pytest.mark.parametrize("n", [32, 160])
+@pytest.mark.parametrize(("tile_b", "fmt_a"), [((1, 128), E4M3), ((128, 128), E4M3), ((1, 128), E5M2)])
+def test_in_bf16_each_block_of_a_sum_is_rounded_once(tile_b, fmt_a, n, k, monkeypatch):
+    """Scales that are no powers of two: a product for each 128 terms, rounded to bf16, scaled and added up in fp32."""
+    monkeypatch.setattr(hardware, "emulation_dtype", lambda device_type: torch.bfloat16)
+    generator = torch.Generator().manual_seed(k)
+    sizes = torch.logspace(-3, 3, k)
+    a, b = (torch.randn(rows, k, generator=generator) * sizes for rows in (24, n))
+    a8, b8 = quantize(a, fmt_a, tile=(1, 128)), quantize(b, E4M3, tile=tile_b).t()
+    y = fp8_gemm(a8, b8, torch.float32, "emulated").double()
+    left, right = (_fp64(t) for t in (a8, b8))
+    blocks = [(left[:, i : i + 128], right[i : i + 128]) for i in range(0, k, 128)]
+    bound = sum(2**-8 * (p @ q).abs() + (128 + len(blocks) + 3) * 2**-24 * (p.abs() @ q.abs()) for p, q in blocks)
+    error = (y - left @ right).abs()
+    assert (error <= bound * (1 + 2**-8)).all()
+    assert error.max() > 0
+
+
+def _fp64(x):
+    """Decoded with scales applied in fp64: no rounding at all."""
+    rows, columns = x.tile
+    scale = x.scale.double().repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+    return x.codes.double() * scale[: x.codes.shape[0], : x.codes.shape[1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("k", [32, 80, 200, 640])
+def test_mx_scales_go_into_the_operands_without_a_rounding(k, dtype, monkeypatch):
+    """The result is off by the sum's roundings and, in bf16, by its own."""
+    monkeypatch.setattr(hardware, "emulation_dtype", lambda device_type: dtype)
+    generator = torch.Generator().manual_seed(k)
+    a, b = (torch.randn(rows, k, generator=generator) * torch.logspace(-6, 6, k) for rows in (24, 48))
+    a8, b8 = (quantize(t, E4M3, tile=(1, 32), power_of_two=True) for t in (a, b))
+    b8 = b8.t()
+    for operand in (a8, b8):
+        assert torch.equal(dequantize(operand, dtype).double(), _fp64(operand))
+    exact, absolute = _fp64(a8) @ _fp64(b8), _fp64(a8).abs() @ _fp64(b8).abs()
+    bound = k * 2**-24 * absolute + (2**-8 * exact.abs() if dtype is torch.bfloat16 else 0)
+    assert ((fp8_gemm(a8, b8, torch.float32, "emulated").double() - exact).abs() <= bound * (1 + 2**-8)).all()
+
+
 def test_autocast_does_not_reach_into_the_product(monkeypatch):
     monkeypatch.setattr(hardware, "emulation_dtype", lambda device_type: torch.float32)
     a, b = operands(E4M3, E4M3)

@@ -28,6 +28,30 @@ def test_presets_by_block():
     assert mx.input == mx.weight == mx.grad_output == Operand("e4m3", "mx_1x32", power_of_two=True)
 
 
+def test_the_delayed_preset_is_tensorwise_with_scales_known_beforehand():
+    assert (
+        PRESETS["delayed"] == Recipe(scaling="delayed") == Recipe(scaling="delayed", history=16, amax="max", margin=0)
+    )
+    assert dataclasses.replace(PRESETS["delayed"], scaling="current") == PRESETS["tensorwise"]
+
+
+def test_delayed_scaling_is_set_up_from_a_mapping():
+    recipe = resolve_recipe({"preset": "delayed", "history": 4, "amax": "most_recent", "margin": 2})
+    assert recipe == Recipe(scaling="delayed", history=4, amax="most_recent", margin=2)
+    assert resolve_recipe({"scaling": "delayed", "history": 4}) == resolve_recipe({"preset": "delayed", "history": 4})
+
+
+def test_fast_accumulation_is_for_the_forward_product_unless_asked_for():
+    assert all(recipe.fast_accumulation == ("forward",) for recipe in PRESETS.values())
+    assert resolve_recipe({"fast_accumulation": []}).fast_accumulation == ()
+    assert resolve_recipe({"fast_accumulation": ["input_grad"]}).fast_accumulation == ("input_grad",)
+
+
+def test_both_operands_may_be_e5m2_in_a_product_that_is_not_run_in_fp8():
+    recipe = Recipe(input=Operand("e5m2"), high_precision=("weight_grad",))
+    assert recipe.uses_fp8("forward")
+
+
 @pytest.mark.parametrize(
     ("granularity", "rows", "columns"),
     [
@@ -78,6 +102,25 @@ def test_a_mapping_overrides_fields_of_a_preset():
         (lambda: Recipe(scaling="static"), ("scaling", "'static'", "current")),
         (lambda: Recipe(high_precision=("wgrad",)), ("high_precision", "'wgrad'", "weight_grad")),
         (lambda: Recipe(high_precision=("forward", "input_grad", "weight_grad")), ("high_precision", "nothing")),
+        (lambda: Recipe(fast_accumulation=("foward",)), ("fast_accumulation", "'foward'", "'forward'")),
+        (lambda: Recipe(input=Operand("e5m2")), ("weight_grad", "grad_output", "input", "both e5m2", "high_precision")),
+        (lambda: Recipe(weight=Operand("e5m2")), ("input_grad", "grad_output", "weight", "both e5m2", "e4m3")),
+        (lambda: Recipe(scaling="delayed", history=0), ("history", "0", "at least 1")),
+        (lambda: Recipe(scaling="delayed", history=2.5), ("history", "2.5", "whole")),
+        (lambda: Recipe(scaling="delayed", margin=-1), ("margin", "-1", "0")),
+        (lambda: Recipe(scaling="delayed", margin=0.5), ("margin", "0.5", "whole")),
+        (lambda: Recipe(scaling="delayed", amax="mean"), ("amax", "'mean'", "max, most_recent")),
+        (lambda: Recipe(history=4), ("history", "no effect", "scaling", "'delayed'")),
+        (lambda: Recipe(margin=1, amax="most_recent"), ("amax, margin", "no effect", "'delayed'")),
+        (
+            lambda: resolve_recipe({"preset": "rowwise", "scaling": "delayed"}),
+            ("input by row", "'tensor'", "'current'"),
+        ),
+        (
+            lambda: resolve_recipe({"preset": "blockwise", "scaling": "delayed"}),
+            ("input by block_1x128", "weight by block_128x128", "'tensor'"),
+        ),
+        (lambda: resolve_recipe({"preset": "delayd"}), ("preset", "'delayd'", "'delayed'")),
     ],
 )
 def test_a_mistake_is_named_with_what_is_allowed(make, words):

@@ -88,6 +88,26 @@ def test_the_largest_v_of_a_block_is_exact():
             assert torch.equal(encode(m, v, random).decode()[1].amax(1), v.amax(1))
 
 
+@pytest.mark.parametrize("random", [0.0, 1 - 2.0**-16])
+def test_the_largest_v_is_exact_where_it_meets_the_lattice(random):
+    """Every point 2^(i/k) of one octave, and the fp32 numbers next to it, as the largest v."""
+    for k in (6, 7, 10, 15, 26, 120):
+        points = torch.arange(k, dtype=torch.float64).div(k).exp2().float()
+        hi = torch.cat([points.nextafter(torch.tensor(x)) for x in (0.0, 9.0)] + [points]).unsqueeze(1)
+        v = hi * torch.linspace(0, -252 / k + 0.01, B).exp2()
+        moments = encode(v.sqrt(), v, random)
+        assert (per_octave(moments.v_density) == k).all()
+        assert torch.equal(moments.decode()[1].amax(1), v.amax(1))
+
+
+def test_no_v_sinks_below_fp32s_normal_numbers():
+    """A lattice point below 2^-126 would be lost to the next step."""
+    v = TINY * torch.linspace(0, 12, B).exp2().expand(N, B).contiguous()
+    v = v * torch.linspace(1, 2, N).unsqueeze(1)
+    for random in (0.0, 1 - 2.0**-16):
+        assert (encode(v.sqrt(), v, random).decode()[1] >= TINY).all()
+
+
 @pytest.mark.parametrize("value", [TINY, 1e-20, 1.0, 2.0**127])
 @pytest.mark.parametrize("random", [0.0, 1 - 2.0**-16])
 def test_a_block_of_one_value(value, random):

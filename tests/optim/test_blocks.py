@@ -67,30 +67,6 @@ def test_only_the_named_rows_are_written(block_size):
         assert torch.equal(written, source * kept)
 
 
-@matrices
-def test_positions_name_the_place_of_every_block(block_size):
-    tensors = numbered()
-    rows = [blocks.Rows(i, min(1, t.shape[0] - 1), t.shape[0]) for i, t in enumerate(tensors) if t.shape[0]]
-    gathered = blocks.gather(tensors, rows, block_size)
-    owners, row, first_column = blocks.positions(rows, [t.shape[1] for t in tensors], block_size, torch.device("cpu"))
-    assert owners.dtype is row.dtype is first_column.dtype is torch.int32
-    assert first_column.shape == (len(gathered), 1)
-    for block, i, r, (c,) in zip(gathered, owners.tolist(), row.tolist(), first_column.tolist(), strict=True):
-        expected = tensors[i][r, c : c + block_size]
-        assert torch.equal(block[: len(expected)], expected)
-        assert not block[len(expected) :].any()
-
-
-def test_one_number_a_block_goes_with_its_block():
-    columns = [300, 128, 129]
-    scales = [torch.rand(4, blocks.blocks_per_row(c, SIZE)) + 1 for c in columns]
-    rows = [blocks.Rows(0, 1, 3), blocks.Rows(1, 0, 4), blocks.Rows(2, 2, 3)]
-    gathered = blocks.gather(scales, rows, 1)
-    owners, row, first_column = blocks.positions(rows, columns, SIZE, torch.device("cpu"))
-    places = zip(owners.tolist(), row.tolist(), (first_column[:, 0] // SIZE).tolist(), strict=True)
-    assert gathered[:, 0].tolist() == [scales[i][r, b].item() for i, r, b in places]
-
-
 @pytest.mark.parametrize("limit", [1, 100, 1000, 1024, 5000, 10**9])
 def test_chunks_cover_every_row_once_in_order(limit):
     shapes = tuple(matrix for _, matrix, _ in SHAPES)

@@ -73,15 +73,26 @@ def select_backend(backend: str, recipe: Recipe) -> str:
     """
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"FP8 backend {backend!r} is not one of auto, {', '.join(BACKENDS)}.")
-    problem = hardware.why_not_native(tuple(sorted({recipe.operand(role).granularity for role in ROLES})))
+    problem = _problem(recipe)
     if backend == "native" and problem:
-        raise ValueError(
-            f"FP8 backend 'native' cannot run here: {problem}. Use 'emulated', or 'auto' to let it decide."
-        )
+        raise ValueError(f"FP8 backend 'native' cannot run here: {problem}. Use 'emulated', or 'auto'.")
     if backend != "auto":
         return backend
-    _log.info("FP8 GEMMs are %s.", f"emulated: {problem}" if problem else "native on CUDA devices")
-    return "emulated" if problem else "auto"
+    chosen = "emulated" if problem else "auto"
+    _log.info("FP8 GEMMs are %s.", describe_backend(chosen, recipe))
+    return chosen
+
+
+def describe_backend(backend: str, recipe: Recipe) -> str:
+    """What `select_backend` returned, in words, and why it is not native if it is not."""
+    if backend == "emulated":
+        problem = _problem(recipe)
+        return f"emulated: {problem}" if problem else "emulated"
+    return "native" if backend == "native" else "native on CUDA devices"
+
+
+def _problem(recipe: Recipe) -> str | None:
+    return hardware.why_not_native(tuple(sorted({recipe.operand(role).granularity for role in ROLES})))
 
 
 def fp8_gemm(

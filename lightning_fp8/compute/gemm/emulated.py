@@ -2,7 +2,7 @@
 
 Every FP8 value, hence every operand, is exact in bf16; products are exact in the fp32 accumulator. So the result
 differs from a hardware FP8 GEMM only in the order of the sum and, where a bf16 GEMM rounds its output before the
-scale is applied, by half a bf16 ulp: |error| <= 2^-9 |y| + the accumulation's own, on top of the cast's.
+scale is applied, by half a bf16 ulp: |error| <= 2^-8 |y| + the accumulation's own, on top of the cast's.
 
 Scales that vary within a sum cannot be taken out of it. Powers of two (MX) are multiplied in first, exactly. Others
 are too, where the GEMM is fp32; where it is bf16, there is one GEMM for each 128 terms of the sum, added up in fp32.

@@ -83,8 +83,10 @@ def _arguments(kind: str) -> tuple[F.ScalingType, F.ScalingType, dict[str, Any]]
 
 def _scales(a: Quantized, b: Quantized, kind: str, m_padding: int) -> tuple[Tensor, Tensor]:
     """The scales of a and b in the layouts that `scaled_mm` wants."""
-    if kind in ("tensor", "row"):
-        return a.scale.contiguous(), b.scale.contiguous()
+    if kind == "tensor":
+        return a.scale, b.scale
+    if kind == "row":
+        return _row_major(a.scale), _row_major(b.scale)
     if kind == "mx_1x32":
         return swizzle_mx_scales(a.scale), swizzle_mx_scales(b.scale.t())
     scale_a = _column_major(F.pad(a.scale, (0, 0, 0, m_padding), value=1.0))
@@ -112,9 +114,9 @@ def _padded(codes: Tensor, rows: int, columns: int) -> Tensor:
     return F.pad(codes.view(torch.uint8), (0, columns, 0, rows)).view(codes.dtype)
 
 
-def _row_major(codes: Tensor) -> Tensor:
+def _row_major(matrix: Tensor) -> Tensor:
     # A matrix of one row or column has strides of its own choosing; `clone` gives it those of its shape.
-    return codes if codes.stride() == (codes.shape[1], 1) else codes.clone(memory_format=torch.contiguous_format)
+    return matrix if matrix.stride() == (matrix.shape[1], 1) else matrix.clone(memory_format=torch.contiguous_format)
 
 
 def _column_major(scale: Tensor) -> Tensor:

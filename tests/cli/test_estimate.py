@@ -1,0 +1,76 @@
+from pathlib import Path
+
+import pytest
+
+from lightning_fp8.cli.main import main
+
+QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
+BASELINE = str(Path(__file__).parents[2] / "configs" / "precision" / "bf16.yaml")
+TEN_BILLION = [
+    *("--model.config.vocab_size", "49152"),
+    *("--model.config.hidden_size", "4096"),
+    *("--model.config.intermediate_size", "14336"),
+    *("--model.config.num_layers", "44"),
+    *("--model.config.num_heads", "32"),
+    *("--model.config.num_kv_heads", "8"),
+]
+
+
+def printed(capsys: pytest.CaptureFixture[str], *args: str) -> list[str]:
+    main(["estimate", *args])
+    *lines, empty, note = capsys.readouterr().out.splitlines()
+    assert not empty
+    assert note.startswith("Released gradients exist one at a time")
+    return lines
+
+
+def cells(lines: list[str]) -> dict[str, list[str]]:
+    """The cells of a Markdown table by the first of each line."""
+    split = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {line[0]: line[1:] for line in split}
+
+
+def test_the_readmes_table_of_ten_billion_parameters(capsys: pytest.CaptureFixture[str]) -> None:
+    table = cells(printed(capsys, *TEN_BILLION, "--markdown", "true"))
+    assert table[""] == ["weights", "grads", "moments", "scales", "B/param", "10 B parameters, all"]
+    assert table["fp32, AdamW"] == ["4.00", "4.00", "8.00", "0.00", "16.00", "160 GB"]
+    assert table["bf16 weights and gradients, fp32 moments"][:5] == ["2.00", "2.00", "8.00", "0.00", "12.00"]
+    *_, plain, total = table["bf16 weights and gradients, FP8AdamW"]
+    assert float(plain) <= 6.1
+    assert float(total.removesuffix(" GB")) <= 61
+    release = table["the same with gradient release"]
+    assert release[1] == "transient"
+    assert float(release[4]) <= 4.1
+
+
+def test_the_configuration_itself_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """The quickstart is FP8AdamW on bf16 weights; the baseline torch's fused AdamW on fp32 ones."""
+    lines = cells(printed(capsys, "-c", QUICKSTART, "--markdown", "true"))
+    assert lines["as configured"] == lines["bf16 weights and gradients, FP8AdamW"]
+    lines = cells(printed(capsys, "-c", QUICKSTART, "-c", BASELINE, "--markdown", "true"))
+    assert lines["as configured"] == lines["fp32, AdamW"]
+    command = ["-c", QUICKSTART, "--model.optimizer.moments", "fp32", "--markdown", "true"]
+    lines = cells(printed(capsys, *command))
+    assert lines["as configured"] == lines["bf16 weights and gradients, fp32 moments"]
+
+
+def test_ranks_share_under_fsdp_and_copy_under_ddp(capsys: pytest.CaptureFixture[str]) -> None:
+    table = cells(printed(capsys, *TEN_BILLION, "--ranks", "8", "--markdown", "true"))
+    assert table[""][-2:] == ["10 B parameters, a rank of DDP", "a rank of 8, FSDP2"]
+    assert table["fp32, AdamW"][-2:] == ["160 GB", "20 GB"]
+
+
+def test_text_is_aligned(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = printed(capsys)
+    assert len(lines) == 6
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["estimate", "--ranks", "0"])
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err == "lightning-fp8: estimate: ranks is 0; it must be 1 or more.\n"
+    with pytest.raises(SystemExit) as stopped:
+        main(["estimate", "--model.confg", "1"])
+    assert stopped.value.code == 2
