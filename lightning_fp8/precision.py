@@ -5,33 +5,40 @@
     forward_context     FP8 on or off; default dtype bf16 (weights "bf16") or torch.autocast to bf16 (weights "fp32")
     *_step_context      the same for evaluation, as `eval_precision` says
     optimizer_step      delayed scales advance, cached weight casts end, the schedule counts
-    connect             the optimizer is checked before the first step
+    connect             the optimizer is checked before the first step; with Fabric, which has no such hook, in it
     state dict          the scaling state and the step; never in the model's own
 
 Weights "fp32", the default, is safe with any optimizer: fp32 weights, bf16 compute, FP8 GEMMs. Weights "bf16" needs an
 optimizer that rounds stochastically, or small updates are lost; the plugin says so if it sees none.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import zip_longest
-from typing import Any, Literal, cast
+from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
 from lightning.fabric.plugins.precision import Precision as FabricPrecision
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins.precision import Precision
 from lightning_utilities import apply_to_collection
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_fp8.compute.autocast import fp8_autocast
+from lightning_fp8.checks import (
+    check_owns_all,
+    check_owns_some,
+    check_release,
+    check_total,
+    total_steps,
+    trainer_of,
+    warn_of_rounding,
+)
+from lightning_fp8.compute.autocast import fp8_autocast, frozen_scales
 from lightning_fp8.compute.convert import KEEP_HIGH_PRECISION, ConversionReport, convert_linears
 from lightning_fp8.compute.gemm import Backend, describe_backend, select_backend
-from lightning_fp8.compute.linear import end_step
+from lightning_fp8.compute.linear import end_step, switch
 from lightning_fp8.compute.recipe import Recipe, resolve_recipe
 from lightning_fp8.compute.state import fp8_state_dict, load_fp8_state_dict
 
@@ -41,8 +48,8 @@ Phase = Literal["fp8", "bf16"]
 class FabricFP8Precision(FabricPrecision):
     """FP8 training with Fabric: `Fabric(plugins=[FabricFP8Precision()])`.
 
-    Fabric saves no plugin's state. With delayed scaling or a schedule, put it into the checkpoint yourself:
-    `fabric.save(path, {..., "fp8": plugin.state_dict()})`, and `plugin.load_state_dict(...)` after `fabric.setup`.
+    Fabric saves no plugin's state. With delayed scaling or a schedule, put the plugin into the checkpoint yourself:
+    `fabric.save(path, {"model": model, "fp8": plugin, ...})`, and likewise `fabric.load` after `fabric.setup`.
 
     Args:
         recipe: A preset's name, a `Recipe`, or a mapping of its fields.
@@ -100,6 +107,12 @@ class FabricFP8Precision(FabricPrecision):
         self._last_step = total_steps
         self._weights_dtype = torch.bfloat16 if weights == "bf16" else torch.float32
         self._modules: list[nn.Module] = []  # Fabric may set up several
+        self._switched_to: Phase | None = None  # what the layers run in; unknown at first
+        self._checked = WeakSet[Optimizer]()
+
+    def __repr__(self) -> str:
+        # FSDPStrategy refuses plugins of others by printing them: its error is to name what shards instead.
+        return f"{type(self).__name__}(weights={self.weights!r}, …), which is sharded by ModelParallelStrategy"
 
     @property
     def phase(self) -> Phase:
@@ -124,7 +137,9 @@ class FabricFP8Precision(FabricPrecision):
             backend=self.backend,
         )
         if not self.report.converted:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in list(self.report.kept.items())[:3])
+            linears = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+            examples = {self.report.kept[name]: name for name in reversed(linears)}
+            reasons = "; ".join(f"{name}: {reason}" for reason, name in list(examples.items())[::-1][:3])
             raise ValueError(
                 f"FP8Precision: {type(module).__name__} has no linear layer that can run in FP8"
                 f" ({reasons or 'it has no torch.nn.Linear'}). Remove the plugin, or widen what it may convert."
@@ -135,6 +150,7 @@ class FabricFP8Precision(FabricPrecision):
         )
         if not any(module is known for known in self._modules):
             self._modules.append(module)
+        self._switched_to = None
         return module
 
     def tensor_init_context(self) -> AbstractContextManager[Any]:
@@ -157,9 +173,16 @@ class FabricFP8Precision(FabricPrecision):
         """Floating-point outputs to the default dtype; integers stay."""
         return apply_to_collection(data, dtype=Tensor, function=_cast_floating, to=torch.get_default_dtype())
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Steps as Lightning does, and ends the step for the converted layers: once an accumulation window."""
-        result = super().optimizer_step(*args, **kwargs)
+    def optimizer_step(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        """Steps as Lightning does, and ends the step for the converted layers: once an accumulation window.
+
+        Raises:
+            ValueError: The optimizer holds no parameter of a model that was set up.
+        """
+        if isinstance(optimizer, Optimizer) and optimizer not in self._checked:  # Fabric has no earlier hook for it
+            check_owns_some(self._modules, optimizer)
+            self._accept(optimizer)
+        result = super().optimizer_step(optimizer, *args, **kwargs)
         if self.recipe.scaling == "delayed" or self.cache_weights:
             for module in self._modules:
                 end_step(module)
@@ -173,7 +196,7 @@ class FabricFP8Precision(FabricPrecision):
         """The step and the scaling state, as plain tensors and numbers; nothing where neither matters."""
         state: dict[str, Any] = {}
         if self.bf16_first_steps or self.bf16_last_steps:
-            state["steps"] = self.steps
+            state.update(steps=self.steps, last_step=self._last_step)
         if self.recipe.scaling == "delayed":
             state["scales"] = [fp8_state_dict(module) for module in self._modules]
         return state
@@ -181,6 +204,8 @@ class FabricFP8Precision(FabricPrecision):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over what `state_dict` returned, after conversion, and says what is calibrated anew."""
         self.steps = state_dict.get("steps", self.steps)
+        if self._last_step is None:  # as in an evaluation, which plans no steps of its own
+            self._last_step = state_dict.get("last_step")
         for module, scales in zip_longest(self._modules, state_dict.get("scales", []), fillvalue=None):
             message = load_fp8_state_dict(module, scales or {}) if module else ""
             if message:
@@ -188,16 +213,26 @@ class FabricFP8Precision(FabricPrecision):
 
     @contextmanager
     def _forward_context(self, *, evaluating: bool) -> Iterator[None]:
-        if self.bf16_last_steps and self._last_step is None and not evaluating:
-            raise ValueError(
-                "FP8Precision: bf16_last_steps needs to know how many optimizer steps there will be."
-                " Set max_steps or max_epochs of the Trainer or, with Fabric, total_steps of the plugin."
-            )
-        fp8 = self.phase == "fp8" and not (evaluating and self.eval_precision == "bf16")
+        if not evaluating:
+            check_total(self.bf16_last_steps, self._last_step)
+        self._switch_layers()
+        phase = "bf16" if evaluating and self.eval_precision == "bf16" else self.phase
         device_type = next(self._modules[-1].parameters()).device.type
         mixed = torch.autocast(device_type, torch.bfloat16) if self.weights == "fp32" else nullcontext()
-        with fp8_autocast(enabled=fp8), self.tensor_init_context(), mixed:
+        frozen = frozen_scales() if evaluating else nullcontext()
+        with fp8_autocast(enabled=phase == "fp8"), frozen, self.tensor_init_context(), mixed:
             yield
+
+    def _switch_layers(self) -> None:
+        """Puts the layers themselves into the phase, for what backward computes again, outside of any context."""
+        if self._switched_to != self.phase:
+            self._switched_to = self.phase
+            for module in self._modules:
+                switch(module, on=self.phase == "fp8")
+
+    def _accept(self, optimizer: Optimizer) -> None:
+        warn_of_rounding(self.weights, optimizer)
+        self._checked.add(optimizer)
 
 
 class FP8Precision(FabricFP8Precision, Precision):
@@ -229,58 +264,29 @@ class FP8Precision(FabricFP8Precision, Precision):
     def connect(
         self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]
     ) -> tuple[nn.Module, list[Optimizer], list[Any]]:
-        """Checks that the optimizers train this model, and can train weights of this dtype.
+        """Checks that the optimizers train this model, and can train weights of this dtype; starts the schedule.
 
         Raises:
             ValueError: An optimizer holds parameters that are not the model's, or releases gradients that the Trainer
-                is to clip, accumulate or reduce.
+                is to clip, accumulate or reduce; or `bf16_last_steps` cannot be counted.
         """
-        own = {id(p) for p in model.parameters()}
         for optimizer in optimizers:
-            params = [p for group in optimizer.param_groups for p in group["params"]]
-            if any(id(p) not in own for p in params):
-                raise ValueError(
-                    f"FP8Precision: {type(optimizer).__name__} holds parameters that are not the model's, so training"
-                    " would change nothing. Build it in configure_optimizers from self.parameters()."
-                )
-            rounds = all(group.get("rounding", "nearest") != "nearest" for group in optimizer.param_groups)
-            if self.weights == "bf16" and not rounds:
-                rank_zero_warn(
-                    f"FP8Precision: the weights are bf16 and {type(optimizer).__name__} rounds them to nearest, which"
-                    ' loses small updates. Use lightning_fp8.optim.FP8AdamW, or FP8Precision(weights="fp32").'
-                )
-            release = getattr(optimizer, "gradient_release", None)  # of lightning_fp8.optim, which this need not know
-            if release is not None:
-                trainer = _trainer_of(model)
-                release.check(
-                    model,
-                    gradient_clip_val=trainer.gradient_clip_val,
-                    accumulate_grad_batches=_accumulation(trainer),
-                )
-        if self.bf16_last_steps and optimizers:
-            total = _trainer_of(model).estimated_stepping_batches
-            self._last_step = self.total_steps or (int(total) if 0 <= total < math.inf else None)
+            check_owns_all(model, optimizer)
+            check_release(model, optimizer)
+            self._accept(optimizer)
+        if optimizers:
+            trainer = trainer_of(model)
+            self.steps = trainer.global_step
+            if self.bf16_last_steps:
+                self._last_step = self.total_steps or total_steps(trainer)
+                check_total(self.bf16_last_steps, self._last_step)
         return model, optimizers, lr_schedulers
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Continues the schedule at the checkpoint's step, whatever precision it was written in."""
-        self.steps = int(checkpoint["global_step"])
+        self.steps = int(checkpoint.get("global_step", 0))
         if type(self).__qualname__ not in checkpoint:
             self.load_state_dict({})
-
-
-def _trainer_of(model: nn.Module) -> Trainer:
-    """The Trainer of a LightningModule, which DDP may have wrapped."""
-    wrapped: Any = model
-    module = model if isinstance(model, LightningModule) else wrapped.module
-    trainer: Trainer = module.trainer
-    return trainer
-
-
-def _accumulation(trainer: Trainer) -> int:
-    """The largest number of batches a step, of all epochs."""
-    schedules = [c.scheduling for c in cast(Any, trainer).callbacks if isinstance(c, GradientAccumulationScheduler)]
-    return max(trainer.accumulate_grad_batches, *(n for schedule in schedules for n in schedule.values()), 1)
 
 
 @contextmanager

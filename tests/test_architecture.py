@@ -28,7 +28,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "optim": ("numerics", "kernels"),
     "distributed": ("numerics", "compute"),
     "metrics": ("numerics",),
-    "precision": ("numerics", "compute", "distributed", "hardware"),
+    "checks": (),
+    "precision": ("numerics", "compute", "distributed", "hardware", "checks"),
     "data": (),
     "models": ("metrics", "optim"),
     "models.config": (),
@@ -50,7 +51,7 @@ PURE = {
     "metrics": ("torch", "torchmetrics"),
 }
 LIGHTNING = ("lightning", "lightning_utilities", "lightning_fabric", "pytorch_lightning")
-KNOW_LIGHTNING = ("precision", "models.lit", "data.datamodule", "data.prepare", "callbacks", "cli")
+KNOW_LIGHTNING = ("precision", "checks", "models.lit", "data.datamodule", "data.prepare", "callbacks", "cli")
 IMPORTED_WHERE_USED = ("transformer_engine", "triton", "safetensors", "tokenizers", "matplotlib", "pyarrow")
 CAPABILITIES = ("torch.cuda", "torch.cpu", "torch.accelerator", "torch.backends", "importlib.metadata")
 KNOW_CAPABILITIES = ("hardware", "cli.doctor")

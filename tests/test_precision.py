@@ -1,64 +1,35 @@
-import warnings
+"""The plugin in the Trainer and in Fabric: training, checkpoints, and the scenarios of Lightning's own plugin tests."""
+
+import logging
 
 import pytest
 import torch
 from lightning.fabric import Fabric
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch import LightningModule
+from small_models import Regression, batches, trainer
 from torch import nn
-from torch.utils.data import DataLoader
 
 from lightning_fp8 import FabricFP8Precision, FP8Linear, FP8Precision
-from lightning_fp8 import precision as plugins
 from lightning_fp8.compute import PRESETS
+from lightning_fp8.compute.autocast import fp8_enabled, scales_frozen
 from lightning_fp8.compute.gemm import record_gemms
-from lightning_fp8.optim import FP8AdamW, enable_gradient_release
+from lightning_fp8.optim import FP8AdamW
 
 OPTIMIZERS = {"fp32": torch.optim.AdamW, "bf16": FP8AdamW}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PLUGINS = [FP8Precision, FabricFP8Precision]
 
 
-class Regression(LightningModule):
-    """A model that knows nothing of FP8; it notes what its steps see."""
-
-    def __init__(self, optimizer=torch.optim.AdamW):
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 16))
-        self.optimizer = optimizer
-        self.seen = []
-
-    def training_step(self, batch, batch_idx):
-        y = self.net(batch["x"])
-        self.seen.append((batch["x"].dtype, batch["id"].dtype, y.dtype, torch.get_default_dtype()))
-        return (y.float() - batch["x"][:, :16].float()).square().mean()
-
-    def validation_step(self, batch, batch_idx):
-        self.net(batch["x"])
-
-    def configure_optimizers(self):
-        return self.optimizer(self.parameters(), lr=1e-2)
-
-
-def batches(n=4):
-    torch.manual_seed(3)
-    return DataLoader([{"x": torch.randn(32), "id": torch.tensor(i)} for i in range(16 * n)], batch_size=16)
-
-
-def trainer(tmp_path, plugin, **options):
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    return Trainer(default_root_dir=tmp_path, plugins=[plugin], **{"max_epochs": 1, **quiet, **options})
-
-
-@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+@pytest.mark.parametrize("weights", DTYPES)
 def test_a_model_that_knows_nothing_of_fp8_trains_in_it(tmp_path, weights):
     model = Regression(OPTIMIZERS[weights])
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     keys = list(model.state_dict())
     with record_gemms() as gemms:
-        trainer(tmp_path, FP8Precision(weights=weights), limit_val_batches=0).fit(model, batches())
+        trainer(tmp_path, FP8Precision(weights=weights)).fit(model, batches())
     # two layers, four batches; forward, dw, and dx for all but the first layer
     assert len(gemms) == 4 * (3 + 2)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[weights]
+    dtype = DTYPES[weights]
     assert all(p.dtype is dtype for p in model.parameters())
     assert all(not torch.equal(p.float(), before[name].to(dtype).float()) for name, p in model.named_parameters())
     assert list(model.state_dict()) == keys
@@ -69,55 +40,110 @@ def test_a_model_that_knows_nothing_of_fp8_trains_in_it(tmp_path, weights):
 @pytest.mark.parametrize("recipe", PRESETS)
 def test_every_preset_learns_as_bf16_does(tmp_path, recipe):
     losses = {}
-    for name, options in {"bf16": {"precision": "bf16-mixed"}, "fp8": {"plugins": [FP8Precision(recipe)]}}.items():
+    for name, plugins, options in (("bf16", [], {"precision": "bf16-mixed"}), ("fp8", [FP8Precision(recipe)], {})):
         torch.manual_seed(0)
         model = Regression()
-        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-        Trainer(default_root_dir=tmp_path, max_epochs=1, limit_val_batches=0, **quiet, **options).fit(
-            model, batches(40)
-        )
+        trainer(tmp_path, *plugins, **options).fit(model, batches(40))
         x = torch.randn(256, 32, generator=torch.Generator().manual_seed(9))
         losses[name] = (model.net(x) - x[:, :16]).square().mean().item()
     assert losses["bf16"] < 0.5  # of an initial 1.1
     assert losses["fp8"] == pytest.approx(losses["bf16"], rel=0.05)
 
 
-@pytest.mark.parametrize(("eval_precision", "count"), [("fp8", 4 * 2), ("bf16", 0)])
-def test_evaluation_runs_in_the_precision_that_was_asked_for(tmp_path, eval_precision, count):
-    plugin = FP8Precision(eval_precision=eval_precision)
-    with record_gemms() as gemms:
-        trainer(tmp_path, plugin).validate(Regression(), batches(), verbose=False)
-    assert len(gemms) == count
+def global_state():
+    return (
+        torch.get_default_dtype(),
+        torch.is_autocast_enabled("cpu"),
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        fp8_enabled(),
+        scales_frozen(),
+    )
 
 
-def test_global_state_is_restored_when_training_raises(tmp_path):
-    class Failing(Regression):
-        def training_step(self, batch, batch_idx):
+@pytest.mark.parametrize("weights", DTYPES)
+@pytest.mark.parametrize("stage", ["configure_model", "training_step", "validation_step", "test_step", "predict_step"])
+def test_global_state_is_restored_when_a_step_raises(tmp_path, weights, stage):
+    def fail(*_):
+        changed = (weights, stage) != ("fp32", "configure_model")  # new modules are fp32 as it is
+        assert (global_state() != before) == changed
+        raise RuntimeError("boom")
+
+    verbs = {"validation_step": "validate", "test_step": "test", "predict_step": "predict"}
+    before, model = global_state(), Regression(OPTIMIZERS[weights])
+    setattr(model, stage, fail)
+    plugin = FP8Precision(weights=weights, eval_precision="bf16")
+    used = trainer(tmp_path, plugin, limit_val_batches=1, num_sanity_val_steps=0)
+    with pytest.raises(RuntimeError, match="boom"):
+        getattr(used, verbs.get(stage, "fit"))(model, batches())
+    assert global_state() == before
+
+
+@pytest.mark.parametrize("weights", DTYPES)
+def test_global_state_is_restored_when_a_forward_of_fabric_raises(weights):
+    class Failing(nn.Linear):
+        def forward(self, x):
+            assert global_state() != before
             raise RuntimeError("boom")
 
+    before = global_state()
+    fabric = Fabric(accelerator="cpu", devices=1, plugins=[FabricFP8Precision(weights=weights)])
+    net = fabric.setup(nn.Sequential(nn.Linear(16, 16), Failing(16, 16)))
     with pytest.raises(RuntimeError, match="boom"):
-        trainer(tmp_path, FP8Precision(weights="bf16"), limit_val_batches=0).fit(Failing(FP8AdamW), batches())
-    assert torch.get_default_dtype() is torch.float32
-    assert not torch.is_autocast_enabled("cpu")
+        net(torch.ones(16, 16))
+    assert global_state() == before
 
 
-def test_a_checkpoint_resumes_and_loads_in_any_precision(tmp_path):
+@pytest.mark.parametrize("recipe", ["tensorwise", "delayed"])
+@pytest.mark.parametrize("weights", DTYPES)
+def test_a_checkpoint_resumes_in_any_precision_and_loads_in_plain_torch(tmp_path, weights, recipe):
     path = tmp_path / "x.ckpt"
-    first = trainer(tmp_path, FP8Precision(weights="bf16"), limit_val_batches=0)
-    first.fit(Regression(FP8AdamW), batches())
+    first = trainer(tmp_path, FP8Precision(recipe, weights=weights), enable_checkpointing=True)
+    first.fit(Regression(OPTIMIZERS[weights]), batches())
     first.save_checkpoint(path)
-    again = trainer(tmp_path, FP8Precision(weights="bf16"), limit_val_batches=0, max_epochs=2)
-    again.fit(Regression(FP8AdamW), batches(), ckpt_path=path, weights_only=True)
-    assert again.global_step == 8
     state = torch.load(path, weights_only=True)["state_dict"]
-    for precision in ("bf16-true", "32-true"):
-        plain = Regression()
-        plain.load_state_dict(state)  # strict: not a key more or less
-        options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-        Trainer(precision=precision, max_steps=1, enable_checkpointing=False, **options).fit(plain, batches())
+    plain = nn.Module()
+    plain.net = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 16))
+    plain.load_state_dict(state, strict=True)  # not a key more or less
+    for plugins, options in (
+        ([FP8Precision(recipe, weights=weights)], {}),
+        ([], {"precision": "bf16-true"}),
+        ([], {"precision": "32-true"}),
+    ):
+        again = trainer(tmp_path, *plugins, max_epochs=2, **options)
+        model = Regression(OPTIMIZERS[weights])
+        again.fit(model, batches(), ckpt_path=path, weights_only=True)
+        assert again.global_step == 8
+        assert list(model.state_dict()) == list(state)
 
 
-@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+def test_a_bf16_checkpoint_resumes_in_fp8_and_says_what_is_calibrated(tmp_path, caplog):
+    path = tmp_path / "bf16.ckpt"
+    first = trainer(tmp_path, precision="bf16-mixed", enable_checkpointing=True)
+    first.fit(Regression(), batches())
+    first.save_checkpoint(path)
+    for recipe, told in (("tensorwise", []), ("delayed", ["FP8: 2 of 2 FP8 layers (net.0, net.2) calibrate"])):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            again = trainer(tmp_path, FP8Precision(recipe), max_epochs=2)
+            again.fit(Regression(), batches(), ckpt_path=path)
+        assert again.global_step == 8
+        said = [record.message for record in caplog.records if "calibrate" in record.message]
+        assert [line.split(" their")[0] for line in said] == told
+
+
+def test_an_evaluation_uses_the_scales_of_the_checkpoint(tmp_path):
+    trained, path = FP8Precision("delayed"), tmp_path / "x.ckpt"
+    first = trainer(tmp_path, trained, enable_checkpointing=True)
+    first.fit(Regression(), batches())
+    first.save_checkpoint(path)
+    evaluated = FP8Precision("delayed")
+    trainer(tmp_path, evaluated, limit_val_batches=1).validate(Regression(), batches(), ckpt_path=path, verbose=False)
+    for name, layer in trained.state_dict()["scales"][0]["layers"].items():
+        assert torch.equal(layer["scale"], evaluated.state_dict()["scales"][0]["layers"][name]["scale"])
+
+
+@pytest.mark.parametrize("weights", DTYPES)
 def test_fabric_trains_the_same_way(weights):
     torch.manual_seed(0)
     fabric = Fabric(accelerator="cpu", devices=1, plugins=[FabricFP8Precision(weights=weights)])
@@ -137,7 +163,7 @@ def test_fabric_trains_the_same_way(weights):
             losses.append(loss.item())
     assert len(gemms) == 20 * (3 + 2)
     assert losses[-1] < 0.8 * losses[0]
-    assert next(net.parameters()).dtype is {"fp32": torch.float32, "bf16": torch.bfloat16}[weights]
+    assert next(net.parameters()).dtype is DTYPES[weights]
 
 
 def test_the_setup_of_fabric_leaves_an_earlier_optimizer_in_charge():
@@ -152,142 +178,97 @@ def test_the_setup_of_fabric_leaves_an_earlier_optimizer_in_charge():
     assert not torch.equal(net[0].weight, before)
 
 
-def test_rounding_bf16_weights_to_nearest_is_warned_about(tmp_path):
-    with pytest.warns(UserWarning, match=r"AdamW rounds them to nearest.*FP8AdamW.*weights=\"fp32\""):
-        trainer(tmp_path, FP8Precision(weights="bf16"), limit_val_batches=0).fit(Regression(), batches())
-
-
-@pytest.mark.parametrize("weights", ["fp32", "bf16"])
-def test_safe_combinations_are_not_warned_about(tmp_path, weights):
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*rounds them to nearest.*")
-        trainer(tmp_path, FP8Precision(weights=weights), limit_val_batches=0).fit(
-            Regression(OPTIMIZERS[weights]), batches()
-        )
-
-
-def test_an_optimizer_of_other_parameters_is_refused(tmp_path):
-    stray = nn.Linear(2, 2)
-    model = Regression(lambda parameters, lr: torch.optim.SGD(stray.parameters(), lr))
-    with pytest.raises(ValueError, match="SGD holds parameters that are not the model's"):
-        trainer(tmp_path, FP8Precision(), limit_val_batches=0).fit(model, batches())
-
-
-class Released(Regression):
-    """Gradient release, as a user enables it."""
-
-    def configure_optimizers(self):
-        optimizer = FP8AdamW(self.named_parameters(), lr=1e-2)
-        enable_gradient_release(self, optimizer)
-        return optimizer
-
-
-class Plain(Regression):
-    def configure_optimizers(self):
-        return FP8AdamW(self.named_parameters(), lr=1e-2)
-
-
-def test_gradient_release_trains_as_the_plain_step_does(tmp_path):
-    weights = []
-    for kind in (Plain, Released):
-        torch.manual_seed(0)
-        model = kind()
-        trainer(tmp_path, FP8Precision(weights="bf16"), limit_val_batches=0).fit(model, batches())
-        weights.append(model.state_dict())
-        assert all((p.grad is None) is (kind is Released) for p in model.parameters())
-    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"gradient_clip_val": 1.0}, r"cannot clip gradients \(gradient_clip_val=1\.0\)"),
-        ({"accumulate_grad_batches": 2}, r"cannot accumulate gradients \(accumulate_grad_batches=2\)"),
-        ({"callbacks": [GradientAccumulationScheduler({3: 4})]}, r"\(accumulate_grad_batches=4\)"),
-        ({"strategy": "ddp", "devices": 1}, "does not work with DistributedDataParallel"),
-    ],
-    ids=["clipping", "accumulation", "accumulation later", "ddp"],
-)
-def test_gradient_release_is_refused_where_it_cannot_work(tmp_path, options, message):
-    model = Released()
-    with pytest.raises(ValueError, match=message):
-        trainer(tmp_path, FP8Precision(weights="bf16"), limit_val_batches=0, **options).fit(model, batches())
-    assert not model.seen  # before the first step
-
-
-def test_a_model_without_a_convertible_layer_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"BoringModel has no linear layer.*layer: sizes 32 x 2"):
-        trainer(tmp_path, FP8Precision()).fit(BoringModel())
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"recipe": "tensorwize"}, ("'tensorwize'", "'tensorwise'")),
-        ({"backend": "cuda"}, ("'cuda'", "emulated")),
-        ({"weights": "fp16"}, ("weights 'fp16'", "fp32, bf16")),
-        ({"eval_precision": "fp32"}, ("eval_precision 'fp32'", "fp8, bf16")),
-    ],
-)
-def test_a_wrong_argument_is_named(options, words):
-    with pytest.raises(ValueError, match="FP8") as error:
-        FP8Precision(**options)
-    assert all(word in str(error.value) for word in words)
-
-
 def test_precision_tells_others_the_compute_dtype():
     assert FP8Precision(weights="bf16").precision == "bf16-true"
     assert FP8Precision().precision == "bf16-mixed"
 
 
-def test_a_model_without_linears_at_all_says_so():
-    with pytest.raises(ValueError, match=r"it has no torch\.nn\.Linear"):
-        FabricFP8Precision().convert_module(nn.Conv2d(3, 3, 3))
+# What Lightning's own tests ask of its half, bitsandbytes and Transformer Engine plugins.
 
 
-@pytest.fixture
-def ended(monkeypatch):
-    """The modules whose step was ended, in order."""
-    modules, end_step = [], plugins.end_step
-    monkeypatch.setattr(plugins, "end_step", lambda module: modules.append(module) or end_step(module))
-    return modules
+@pytest.mark.parametrize("plugin", PLUGINS)
+@pytest.mark.parametrize("weights", DTYPES)
+def test_new_modules_and_tensors_have_the_dtype_of_the_weights(plugin, weights):
+    used = plugin(weights=weights)
+    for context in (used.module_init_context, used.tensor_init_context):
+        with context():
+            assert nn.Linear(2, 2).weight.dtype is torch.zeros(2).dtype is DTYPES[weights]
+        assert torch.get_default_dtype() is torch.float32
+        with pytest.raises(RuntimeError, match="boom"), context():
+            raise RuntimeError("boom")
+        assert torch.get_default_dtype() is torch.float32
 
 
-def histories(net):
-    return [(layer.fp8_scales.history > 0).sum(1).tolist() for layer in net if isinstance(layer, FP8Linear)]
+@pytest.mark.parametrize("plugin", PLUGINS)
+@pytest.mark.parametrize("weights", DTYPES)
+def test_conversion_is_in_place_and_keeps_what_cannot_run_in_fp8(plugin, weights):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bare, self.ragged = nn.Linear(16, 48, bias=False), nn.Linear(1, 3)
+            self.norm, self.lm_head = nn.LayerNorm(16), nn.Linear(16, 16)
+            self.register_buffer("ids", torch.arange(3))
+
+    model, used = Model(), plugin(weights=weights)
+    parameters = dict(model.named_parameters())
+    assert used.convert_module(model) is model
+    assert used.convert_module(model) is model  # idempotent
+    assert used.report.converted == ["bare"]
+    assert list(used.report.kept) == ["ragged", "lm_head"]
+    assert [type(m) for m in model.children()] == [FP8Linear, nn.Linear, nn.LayerNorm, nn.Linear]
+    assert model.bare.bias is None
+    assert {name: id(p) for name, p in model.named_parameters()} == {name: id(p) for name, p in parameters.items()}
+    assert {p.dtype for p in model.parameters()} == {DTYPES[weights]}
+    assert model.ids.dtype is torch.int64
 
 
-STEPPED = [[2, 2, 2], [2, 2, 2]]  # two layers; input, weight, grad_output: two steps of two micro-batches each
+@pytest.mark.parametrize("plugin", PLUGINS)
+@pytest.mark.parametrize("weights", DTYPES)
+def test_floating_inputs_and_outputs_are_converted_and_integers_left_alone(plugin, weights):
+    used = plugin(weights=weights)
+    data = {"x": torch.ones(2, dtype=torch.float64), "pair": (torch.ones(2).half(), torch.arange(2)), "name": "a"}
+    data["mask"] = torch.ones(2, dtype=torch.bool)
+    given = used.convert_input(data)
+    assert (given["x"].dtype, given["pair"][0].dtype) == (DTYPES[weights],) * 2
+    assert (given["pair"][1].dtype, given["mask"].dtype, given["name"]) == (torch.int64, torch.bool, "a")
+    returned = used.convert_output(given)
+    assert returned["x"].dtype is returned["pair"][0].dtype is torch.float32
+    assert (returned["pair"][1].dtype, returned["mask"].dtype) == (torch.int64, torch.bool)
 
 
-@pytest.mark.parametrize("weights", ["fp32", "bf16"])
-def test_the_trainer_ends_a_step_once_an_accumulation_window(tmp_path, ended, weights):
-    model = Regression(OPTIMIZERS[weights])
-    plugin = FP8Precision("delayed", weights=weights, cache_weights=True)
-    trainer(tmp_path, plugin, accumulate_grad_batches=2).fit(model, batches(4), batches(1))
-    assert ended == [model, model]
-    assert histories(model.net) == STEPPED
+@pytest.mark.parametrize("plugin", PLUGINS)
+def test_the_forward_context_sets_the_compute_dtype(plugin):
+    for weights, default, mixed in (("bf16", torch.bfloat16, False), ("fp32", torch.float32, True)):
+        used = plugin(weights=weights)
+        used.convert_module(nn.Linear(16, 16))
+        with used.forward_context():
+            assert torch.get_default_dtype() is default
+            assert torch.is_autocast_enabled("cpu") is mixed
+        assert (torch.get_default_dtype(), torch.is_autocast_enabled("cpu")) == (torch.float32, False)
 
 
-def test_fabric_ends_a_step_with_each_step_of_the_optimizer(ended):
-    fabric = Fabric(accelerator="cpu", devices=1, plugins=[FabricFP8Precision({"preset": "delayed", "history": 4})])
-    net = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 16))
-    wrapped, optimizer = fabric.setup(net, torch.optim.SGD(net.parameters(), lr=1e-2))
-    for i, batch in enumerate(batches(4)):
-        with fabric.no_backward_sync(wrapped, enabled=i % 2 == 0):
-            fabric.backward(wrapped(batch["x"]).square().mean())
-        if i % 2:
-            optimizer.step()
-            optimizer.zero_grad()
-    assert ended == [net, net]
-    assert histories(net) == STEPPED
+@pytest.mark.parametrize("weights", DTYPES)
+def test_a_model_built_in_configure_model_has_the_dtype_and_is_converted(tmp_path, weights):
+    class Late(LightningModule):
+        def configure_model(self):
+            self.l = nn.Linear(16, 32)
+            assert self.l.weight.dtype is DTYPES[weights]
+
+        def test_step(self, *_): ...
+
+    model = Late()
+    trainer(tmp_path, FP8Precision(weights=weights)).test(model, [0], verbose=False)
+    assert isinstance(model.l, FP8Linear)
+    assert model.l.weight.dtype is DTYPES[weights]
 
 
-def test_recipes_that_remember_nothing_need_no_end_of_step(tmp_path, ended):
-    trainer(tmp_path, FP8Precision(), limit_val_batches=0).fit(Regression(), batches())
-    assert not ended
-
-
-def test_the_trainer_can_keep_slow_layers_out(tmp_path):
-    with pytest.raises(ValueError, match=r"32 x 64 are slower in FP8"):
-        trainer(tmp_path, FP8Precision(keep_slow=True)).fit(Regression(), batches())
+def test_a_checkpoint_loads_into_a_model_that_was_made_empty(tmp_path):
+    torch.save(nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 16)).state_dict(), tmp_path / "weights.pt")
+    fabric = Fabric(accelerator="cpu", devices=1, plugins=[FabricFP8Precision("delayed", weights="bf16")])
+    with fabric.init_module(empty_init=True):
+        net = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 16))
+    wrapped = fabric.setup(net)
+    fabric.load_raw(tmp_path / "weights.pt", wrapped)
+    saved = torch.load(tmp_path / "weights.pt", weights_only=True)
+    assert all(torch.equal(value, saved[name].bfloat16()) for name, value in net.state_dict().items())
+    assert wrapped(torch.ones(16, 16)).isfinite().all()

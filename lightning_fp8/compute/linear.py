@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_fp8.compute.autocast import fp8_enabled
+from lightning_fp8.compute.autocast import fp8_enabled, scales_frozen
 from lightning_fp8.compute.casts import Cast, cast, forget_casts, shared_cast
 from lightning_fp8.compute.gemm import fp8_gemm
 from lightning_fp8.compute.recipe import Gemm, Recipe, Role
@@ -37,21 +37,25 @@ class FP8Linear(nn.Linear):
     """A linear layer that computes in FP8 while `fp8_autocast` is on, which it is unless switched off.
 
     Input [..., K] and output [..., N] are bf16, fp16 or fp32; under torch.autocast the output has its dtype.
-    Create it with `lightning_fp8.convert_linears`.
+    Create it with `lightning_fp8.convert_linears`. `fp8_active` switches the layer itself, forward and whatever is
+    computed again in backward, where `fp8_autocast` switches a block of code.
     """
 
     fp8_recipe: Recipe
     fp8_backend: str
     fp8_cache_weights: bool
     fp8_scales: DelayedScales | None
+    fp8_active: bool
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns x w^T + b."""
-        if not fp8_enabled():
+        if not (self.fp8_active and fp8_enabled()):
             return super().forward(input)
         recipe, scales = self.fp8_recipe, self._move_scales(input.device)
         trained = torch.is_grad_enabled() and self.weight.requires_grad
-        how = _How(recipe, self.fp8_backend, scales, self.fp8_cache_weights)
+        learning = torch.is_grad_enabled() and not scales_frozen()
+        # What evaluates may hold other weights for a while, averaged ones say, written past the version counter.
+        how = _How(recipe, self.fp8_backend, scales, self.fp8_cache_weights and torch.is_grad_enabled(), learning)
         x8 = w8 = kept = None
         if recipe.uses_fp8("forward"):
             x8, w8 = how.cast(input, "input", along=1), how.cast(self.weight, "weight", along=1)
@@ -97,6 +101,13 @@ def end_step(module: nn.Module) -> None:
         advance(scales, recipe)
 
 
+def switch(module: nn.Module, *, on: bool) -> None:
+    """Lets the converted layers of `module` run in FP8, or in their own dtype, until switched again."""
+    for layer in module.modules():
+        if isinstance(layer, FP8Linear):
+            layer.fp8_active = on
+
+
 class _How(NamedTuple):
     """What the three GEMMs need to know of their layer."""
 
@@ -104,12 +115,15 @@ class _How(NamedTuple):
     backend: str
     scales: DelayedScales | None
     cache_weights: bool
+    learning: bool
 
     def cast(self, x: Tensor, role: Role, along: int) -> Quantized:
         """An operand, cast or found cast; a training step takes note of its amax."""
         kept = role == "input" or (role == "weight" and self.cache_weights)
         made: Cast = (shared_cast if kept else cast)(x, role, along, self.recipe, self.scales)
-        if self.scales is not None and made.amax is not None and (torch.is_grad_enabled() or role == "grad_output"):
+        # Gradients are off in backward: what is cast there for the first time is new.
+        new = torch.is_grad_enabled() or role == "grad_output" or not self.recipe.uses_fp8("forward")
+        if self.learning and self.scales is not None and made.amax is not None and new:
             self.scales.observe(role, made.amax)
         return made.quantized
 
