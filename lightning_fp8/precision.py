@@ -33,6 +33,8 @@ from lightning_fp8.compute.gemm import Backend, select_backend
 from lightning_fp8.compute.linear import end_step
 from lightning_fp8.compute.recipe import Recipe, resolve_recipe
 from lightning_fp8.compute.state import fp8_state_dict, load_fp8_state_dict
+from lightning_fp8.compute.transformer_engine.convert import convert_to_transformer_engine, transformer_engine_autocast
+from lightning_fp8.compute.transformer_engine.recipe import require_transformer_engine
 
 Phase = Literal["fp8", "bf16"]
 
@@ -45,7 +47,8 @@ class FabricFP8Precision(FabricPrecision):
 
     Args:
         recipe: A preset's name, a `Recipe`, or a mapping of its fields.
-        backend: What multiplies: "auto", or a backend's name.
+        backend: What multiplies: "auto", "native", "emulated", or "transformer_engine": its layers, norms included,
+            over the model's own parameters (extra `te`).
         weights: Dtype of the weights: "fp32" (any optimizer) or "bf16" (an optimizer that rounds stochastically).
         keep_high_precision: Shell patterns of names of linear layers that stay out of FP8.
         eval_precision: Where no gradients are computed, converted layers run in "bf16" or, with "fp8", as in training.
@@ -63,7 +66,7 @@ class FabricFP8Precision(FabricPrecision):
         self,
         recipe: str | dict[str, Any] | Recipe = "tensorwise",
         *,
-        backend: Backend = "auto",
+        backend: Backend | Literal["transformer_engine"] = "auto",
         weights: Literal["fp32", "bf16"] = "fp32",
         keep_high_precision: Sequence[str] = KEEP_HIGH_PRECISION,
         eval_precision: Phase = "fp8",
@@ -83,7 +86,9 @@ class FabricFP8Precision(FabricPrecision):
                 " more."
             )
         self.recipe = resolve_recipe(recipe)
-        self.backend = select_backend(backend, self.recipe)
+        if backend == "transformer_engine":
+            require_transformer_engine(self.recipe)
+        self.backend = backend if backend == "transformer_engine" else select_backend(backend, self.recipe)
         self.weights = weights
         self.keep_high_precision = tuple(keep_high_precision)
         self.eval_precision: Phase = eval_precision
@@ -114,14 +119,15 @@ class FabricFP8Precision(FabricPrecision):
             ValueError: No linear layer can run in FP8.
         """
         module.to(self._weights_dtype)
-        self.report = convert_linears(
-            module,
-            self.recipe,
-            keep_high_precision=self.keep_high_precision,
-            keep_slow=self.keep_slow,
-            cache_weights=self.cache_weights,
-            backend=self.backend,
-        )
+        options: dict[str, Any] = {
+            "keep_high_precision": self.keep_high_precision,
+            "keep_slow": self.keep_slow,
+            "cache_weights": self.cache_weights,
+        }
+        if self.backend == "transformer_engine":
+            self.report = convert_to_transformer_engine(module, self.recipe, **options)
+        else:
+            self.report = convert_linears(module, self.recipe, backend=self.backend, **options)
         if not self.report.converted:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in list(self.report.kept.items())[:3])
             raise ValueError(
@@ -195,7 +201,9 @@ class FabricFP8Precision(FabricPrecision):
         fp8 = self.phase == "fp8" and not (evaluating and self.eval_precision == "bf16")
         device_type = next(self._modules[-1].parameters()).device.type
         mixed = torch.autocast(device_type, torch.bfloat16) if self.weights == "fp32" else nullcontext()
-        with fp8_autocast(enabled=fp8), self.tensor_init_context(), mixed:
+        theirs = self.backend == "transformer_engine"
+        engine = transformer_engine_autocast(self.recipe, enabled=fp8) if theirs else nullcontext()
+        with fp8_autocast(enabled=fp8), engine, self.tensor_init_context(), mixed:
             yield
 
 
