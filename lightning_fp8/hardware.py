@@ -9,6 +9,9 @@ import torch
 _CPU_HAS_MATRIX_UNITS = bool(torch.cpu.get_capabilities().get("amx_bf16", False))
 
 
+_OLDEST_TRANSFORMER_ENGINE = (2, 20)
+
+
 def emulation_dtype(device_type: str) -> torch.dtype:
     """The dtype in which an emulated FP8 GEMM runs fastest on this kind of device.
 
@@ -49,6 +52,37 @@ def why_not_native(granularities: Collection[str]) -> str | None:
         if not can:
             return f"scales by {granularity} need {needs}, this is {device} with CUDA {torch.version.cuda}"
     return None
+
+
+def why_not_transformer_engine(granularity: str) -> str | None:
+    """Why Transformer Engine cannot run FP8 GEMMs with weights scaled so here, with the remedy; None if it can.
+
+    Args:
+        granularity: As in `compute.recipe.Operand.granularity`.
+    """
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    install = (
+        'pip install --no-build-isolation "lightning-fp8[te]" (it is compiled against the torch that is installed, so'
+        " setuptools, wheel, ninja and pybind11 must be, too)"
+    )
+    try:
+        import transformer_engine
+        import transformer_engine.pytorch as te
+    except ModuleNotFoundError as error:
+        return f"{error.name} is not installed. {install}"
+    except Exception as error:  # of many kinds: libraries that are not found, parts of different versions
+        return f"Transformer Engine does not import ({type(error).__name__}: {error}). {install}"
+    version = tuple(int(part) for part in transformer_engine.__version__.split(".")[:2])
+    if version < _OLDEST_TRANSFORMER_ENGINE:
+        return f"Transformer Engine {transformer_engine.__version__} is older than 2.20. {install}"
+    ask = {
+        "block_1x128": te.is_fp8_block_scaling_available,
+        "block_128x128": te.is_fp8_block_scaling_available,
+        "mx_1x32": te.is_mxfp8_available,
+    }.get(granularity, te.is_fp8_available)
+    can, reason = ask(return_reason=True)
+    return None if can else str(reason).rstrip(".")
 
 
 def _cuda_version() -> tuple[int, ...]:

@@ -41,6 +41,8 @@ from lightning_fp8.compute.gemm import Backend, describe_backend, select_backend
 from lightning_fp8.compute.linear import end_step, switch
 from lightning_fp8.compute.recipe import Recipe, resolve_recipe
 from lightning_fp8.compute.state import fp8_state_dict, load_fp8_state_dict
+from lightning_fp8.compute.transformer_engine.convert import convert_to_transformer_engine, transformer_engine_autocast
+from lightning_fp8.compute.transformer_engine.recipe import require_transformer_engine
 
 Phase = Literal["fp8", "bf16"]
 
@@ -53,7 +55,8 @@ class FabricFP8Precision(FabricPrecision):
 
     Args:
         recipe: A preset's name, a `Recipe`, or a mapping of its fields.
-        backend: What multiplies: "auto", or a backend's name.
+        backend: What multiplies: "auto", "native", "emulated", or "transformer_engine": its layers, norms included,
+            over the model's own parameters (extra `te`).
         weights: Dtype of the weights: "fp32" (any optimizer) or "bf16" (an optimizer that rounds stochastically).
         keep_high_precision: Shell patterns of names of linear layers that stay out of FP8.
         eval_precision: Where no gradients are computed, converted layers run in "bf16" or, with "fp8", as in training.
@@ -71,7 +74,7 @@ class FabricFP8Precision(FabricPrecision):
         self,
         recipe: str | dict[str, Any] | Recipe = "tensorwise",
         *,
-        backend: Backend = "auto",
+        backend: Backend | Literal["transformer_engine"] = "auto",
         weights: Literal["fp32", "bf16"] = "fp32",
         keep_high_precision: Sequence[str] = KEEP_HIGH_PRECISION,
         eval_precision: Phase = "fp8",
@@ -91,7 +94,9 @@ class FabricFP8Precision(FabricPrecision):
                 " more."
             )
         self.recipe = resolve_recipe(recipe)
-        self.backend = select_backend(backend, self.recipe)
+        if backend == "transformer_engine":
+            require_transformer_engine(self.recipe)
+        self.backend = backend if backend == "transformer_engine" else select_backend(backend, self.recipe)
         self.weights = weights
         self.keep_high_precision = tuple(keep_high_precision)
         self.eval_precision: Phase = eval_precision
@@ -128,14 +133,15 @@ class FabricFP8Precision(FabricPrecision):
             ValueError: No linear layer can run in FP8.
         """
         module.to(self._weights_dtype)
-        self.report = convert_linears(
-            module,
-            self.recipe,
-            keep_high_precision=self.keep_high_precision,
-            keep_slow=self.keep_slow,
-            cache_weights=self.cache_weights,
-            backend=self.backend,
-        )
+        options: dict[str, Any] = {
+            "keep_high_precision": self.keep_high_precision,
+            "keep_slow": self.keep_slow,
+            "cache_weights": self.cache_weights,
+        }
+        if self.backend == "transformer_engine":
+            self.report = convert_to_transformer_engine(module, self.recipe, **options)
+        else:
+            self.report = convert_linears(module, self.recipe, backend=self.backend, **options)
         if not self.report.converted:
             linears = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
             examples = {self.report.kept[name]: name for name in reversed(linears)}
@@ -146,7 +152,7 @@ class FabricFP8Precision(FabricPrecision):
             )
         rank_zero_info(
             f"FP8: {len(self.report.converted)} linear layers converted, {len(self.report.kept)} kept in high"
-            f" precision; weights are {self.weights}, GEMMs {describe_backend(self.backend, self.recipe)}."
+            f" precision; weights are {self.weights}, GEMMs {self._describe_gemms()}."
         )
         if not any(module is known for known in self._modules):
             self._modules.append(module)
@@ -219,8 +225,10 @@ class FabricFP8Precision(FabricPrecision):
         phase = "bf16" if evaluating and self.eval_precision == "bf16" else self.phase
         device_type = next(self._modules[-1].parameters()).device.type
         mixed = torch.autocast(device_type, torch.bfloat16) if self.weights == "fp32" else nullcontext()
+        fp8, theirs = phase == "fp8", self.backend == "transformer_engine"
         frozen = frozen_scales() if evaluating else nullcontext()
-        with fp8_autocast(enabled=phase == "fp8"), frozen, self.tensor_init_context(), mixed:
+        engine = transformer_engine_autocast(self.recipe, enabled=fp8) if theirs else nullcontext()
+        with fp8_autocast(enabled=fp8), frozen, engine, self.tensor_init_context(), mixed:
             yield
 
     def _switch_layers(self) -> None:
@@ -229,6 +237,10 @@ class FabricFP8Precision(FabricPrecision):
             self._switched_to = self.phase
             for module in self._modules:
                 switch(module, on=self.phase == "fp8")
+
+    def _describe_gemms(self) -> str:
+        theirs = self.backend == "transformer_engine"
+        return "Transformer Engine's" if theirs else describe_backend(self.backend, self.recipe)
 
     def _accept(self, optimizer: Optimizer) -> None:
         warn_of_rounding(self.weights, optimizer)

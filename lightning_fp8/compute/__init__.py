@@ -5,6 +5,11 @@ from lightning_fp8.compute.convert import ConversionReport, convert_linears, res
 from lightning_fp8.compute.linear import FP8Linear, end_step
 from lightning_fp8.compute.recipe import PRESETS, Operand, Recipe
 from lightning_fp8.compute.state import fp8_state_dict, load_fp8_state_dict
+from lightning_fp8.compute.transformer_engine.convert import (
+    convert_to_transformer_engine,
+    restore_from_transformer_engine,
+    transformer_engine_autocast,
+)
 
 __all__ = [
     "PRESETS",
@@ -13,9 +18,12 @@ __all__ = [
     "Operand",
     "Recipe",
     "convert_linears",
+    "convert_to_transformer_engine",
     "end_step",
     "fp8_autocast",
     "fp8_state_dict",
     "load_fp8_state_dict",
+    "restore_from_transformer_engine",
     "restore_linears",
+    "transformer_engine_autocast",
 ]

@@ -74,10 +74,10 @@ def convert_linears(
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     report = ConversionReport()
     for name, layer in module.named_modules():
-        report.kept.update(_bypassed(name, layer))
+        report.kept.update(bypassed(name, layer))
         if not isinstance(layer, nn.Linear):
             continue
-        reason = _reason_to_keep(name, layer, keep_high_precision, embeddings)
+        reason = foreign(layer) or reason_to_keep(name, layer, keep_high_precision, embeddings)
         if keep_slow and not reason:
             reason = slower(layer.in_features, layer.out_features, resolved)
         if reason:
@@ -114,9 +114,15 @@ def _restore(layer: nn.Module) -> bool:
     return True
 
 
-def _reason_to_keep(name: str, layer: nn.Linear, patterns: Sequence[str], embeddings: set[int]) -> str | None:
+def foreign(layer: nn.Linear) -> str | None:
+    """Why a layer of this class cannot be converted; None if it can."""
     if type(layer) not in (nn.Linear, FP8Linear):
         return f"is a {type(layer).__name__}, whose own computation would be lost"
+    return None
+
+
+def reason_to_keep(name: str, layer: nn.Linear, patterns: Sequence[str], embeddings: set[int]) -> str | None:
+    """Why a layer's name, weight (one of `embeddings`, by `id`) or size keeps it out of FP8; None if nothing does."""
     for pattern in patterns:
         if fnmatchcase(name, pattern):
             return f"name matches {pattern!r}"
@@ -125,8 +131,8 @@ def _reason_to_keep(name: str, layer: nn.Linear, patterns: Sequence[str], embedd
     return impossible(layer.in_features, layer.out_features)
 
 
-def _bypassed(name: str, module: nn.Module) -> Iterator[tuple[str, str]]:
-    """What `module` multiplies without calling a linear layer."""
+def bypassed(name: str, module: nn.Module) -> Iterator[tuple[str, str]]:
+    """What `module` multiplies without calling a linear layer: name -> reason."""
     prefix = f"{name}." if name else ""
     if isinstance(module, nn.MultiheadAttention):
         weights = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")

@@ -30,6 +30,7 @@ from lightning_fp8.compute.casts import Cast, cast, forget_casts, shared_cast
 from lightning_fp8.compute.gemm import fp8_gemm
 from lightning_fp8.compute.recipe import Gemm, Recipe, Role
 from lightning_fp8.compute.scaling import DelayedScales, advance
+from lightning_fp8.compute.transformer_engine.layers import ConvertedLinear
 from lightning_fp8.numerics import Quantized
 
 
@@ -87,6 +88,8 @@ class FP8Linear(nn.Linear):
 def end_step(module: nn.Module) -> None:
     """Ends an optimizer step for the converted layers of `module`: advances delayed scales, drops cached weight casts.
 
+    Scales of Transformer Engine's layers advance by themselves, with each forward and backward.
+
     The precision plugins call it. In a plain loop, call it after each `optimizer.step()`; recipes with current scaling
     and no cached weights do without. It reads nothing back to the host; with torch.distributed initialised and delayed
     scaling it is a collective call.
@@ -97,6 +100,8 @@ def end_step(module: nn.Module) -> None:
             forget_casts(layer.weight)
             if layer.fp8_scales is not None:
                 delayed.setdefault((layer.fp8_recipe, layer.fp8_scales.scale.device), []).append(layer.fp8_scales)
+        elif isinstance(layer, ConvertedLinear):
+            layer.te_cast_version = None
     for (recipe, _), scales in delayed.items():
         advance(scales, recipe)
 

@@ -4,19 +4,24 @@ The state is a dict of plain tensors, strings and numbers, so `torch.load(weight
 
     {"version": 1, "layers": {layer name: {"recipe": {...}, "running", "history", "scale", "nonfinite"}}}
 
+A layer of Transformer Engine's has its own tensors there instead: {"scale_fwd", "amax_history_fwd", "scale_bwd",
+"amax_history_bwd"}. Its scales multiply before a cast, and the first row of a history is of the step that runs.
+
 Only delayed scaling has state. Loading never fails for want of it: a layer without saved scales takes them from its
 tensors at the first step, as a new one does, and the caller is told which layers these are.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_fp8.compute.linear import FP8Linear
 from lightning_fp8.compute.recipe import Recipe
 from lightning_fp8.compute.scaling import DelayedScales
+from lightning_fp8.compute.transformer_engine.layers import ConvertedLinear
 
 _VERSION = 1
 # What torch's and Lightning's wrappers put into names: a state must fit whatever wraps the model later.
@@ -28,7 +33,7 @@ def fp8_state_dict(module: nn.Module) -> dict[str, Any]:
 
     Save it beside the model: `fabric.save(path, {"model": model, "fp8": fp8_state_dict(model)})`.
     """
-    layers = {name: _saved(layer.fp8_recipe, scales) for name, layer, scales in _delayed_layers(module)}
+    layers = {name: saved for name, layer in _delayed_layers(module) if (saved := _saved(layer))}
     return {"version": _VERSION, "layers": layers} if layers else {}
 
 
@@ -48,13 +53,15 @@ def load_fp8_state_dict(module: nn.Module, state: dict[str, Any]) -> str:
         )
     layers, saved = _delayed_layers(module), state.get("layers", {})
     anew: dict[str, str] = {}
-    for name, layer, _ in layers:
+    for name, layer in layers:
         if name not in saved:
             anew[name] = "the checkpoint has no scales of them"
-        elif different := _differences(saved[name]["recipe"], layer.fp8_recipe):
+        elif different := _differences(saved[name]["recipe"], _recipe(layer)):
             anew[name] = f"the recipe's {', '.join(different)} changed"
+        elif ("scale" in saved[name]) is isinstance(layer, ConvertedLinear):
+            anew[name] = "the checkpoint's scales are of another backend"
         else:
-            layer.fp8_scales = _loaded(saved[name], layer.weight.device)
+            _load(layer, saved[name])
     if not anew:
         return ""
     names = ", ".join(list(anew)[:3]) + (", …" if len(anew) > 3 else "")
@@ -62,30 +69,45 @@ def load_fp8_state_dict(module: nn.Module, state: dict[str, Any]) -> str:
     return f"{len(anew)} of {len(layers)} FP8 layers ({names}) calibrate their scales anew: {reasons}."
 
 
-def _delayed_layers(module: nn.Module) -> list[tuple[str, FP8Linear, DelayedScales]]:
+def _delayed_layers(module: nn.Module) -> list[tuple[str, FP8Linear | ConvertedLinear]]:
     return [
-        (".".join(part for part in name.split(".") if part not in _WRAPPERS), layer, layer.fp8_scales)
+        (".".join(part for part in name.split(".") if part not in _WRAPPERS), layer)
         for name, layer in module.named_modules()
-        if isinstance(layer, FP8Linear) and layer.fp8_scales is not None
+        if isinstance(layer, FP8Linear | ConvertedLinear) and _recipe(layer).scaling == "delayed"
     ]
 
 
-def _saved(recipe: Recipe, scales: DelayedScales) -> dict[str, Any]:
-    return {
-        "recipe": _plain(recipe),
-        "running": torch.stack(scales.running),
-        "history": scales.history.clone(),
-        "scale": scales.scale.clone(),
-        "nonfinite": scales.nonfinite.clone(),
-    }
+def _recipe(layer: FP8Linear | ConvertedLinear) -> Recipe:
+    return layer.fp8_recipe if isinstance(layer, FP8Linear) else layer.te_recipe
 
 
-def _loaded(saved: dict[str, Any], device: torch.device) -> DelayedScales:
+def _saved(layer: FP8Linear | ConvertedLinear) -> dict[str, Any]:
+    """The layer's state, copied; empty if it has none yet."""
+    tensors: Mapping[str, Tensor] = {}
+    if isinstance(layer, ConvertedLinear):
+        tensors = layer.scaling_tensors() or layer.te_loaded or {}
+    elif layer.fp8_scales is not None:
+        scales = layer.fp8_scales
+        tensors = {
+            "running": torch.stack(scales.running),
+            "history": scales.history,
+            "scale": scales.scale,
+            "nonfinite": scales.nonfinite,
+        }
+    if not tensors:
+        return {}
+    return {"recipe": _plain(_recipe(layer)), **{name: tensor.clone() for name, tensor in tensors.items()}}
+
+
+def _load(layer: FP8Linear | ConvertedLinear, saved: dict[str, Any]) -> None:
+    if isinstance(layer, ConvertedLinear):
+        layer.load_scaling_tensors({name: value for name, value in saved.items() if name != "recipe"})
+        return
     running, history, scale, nonfinite = (
-        saved[name].to(device, copy=True) for name in ("running", "history", "scale", "nonfinite")
+        saved[name].to(layer.weight.device, copy=True) for name in ("running", "history", "scale", "nonfinite")
     )
     x, weight, dy = (cell.clone() for cell in running.unbind())
-    return DelayedScales((x, weight, dy), history, scale, nonfinite)
+    layer.fp8_scales = DelayedScales((x, weight, dy), history, scale, nonfinite)
 
 
 def _differences(saved: dict[str, Any], recipe: Recipe) -> list[str]:

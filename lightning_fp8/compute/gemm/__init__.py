@@ -72,7 +72,10 @@ def select_backend(backend: str, recipe: Recipe) -> str:
         ValueError: Unknown backend, or a native one that cannot run `recipe` here, with the reason and the remedy.
     """
     if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"FP8 backend {backend!r} is not one of auto, {', '.join(BACKENDS)}.")
+        raise ValueError(
+            f"FP8 backend {backend!r} is not one of auto, {', '.join(BACKENDS)}; precision plugins and"
+            " convert_to_transformer_engine know transformer_engine besides."
+        )
     problem = _problem(recipe)
     if backend == "native" and problem:
         raise ValueError(f"FP8 backend 'native' cannot run here: {problem}. Use 'emulated', or 'auto'.")
