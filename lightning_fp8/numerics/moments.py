@@ -40,6 +40,7 @@ depend on vector width or on how a tensor was cut.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -154,9 +155,12 @@ def encode_m(m: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
     return spread.copysign_(ratio).to(E4M3.dtype).view(torch.uint8), scale
 
 
-@functools.cache
-def _m_levels(device: torch.device) -> Tensor:
+def _levels(device: torch.device) -> Tensor:
     """What each of the 256 codes of m stands for, fp32; the two NaN codes never occur."""
     values = torch.arange(256, dtype=torch.uint8).view(E4M3.dtype).double()
     levels = (values.abs() / E4M3.max) ** (1 / _POWER)
     return torch.copysign(levels, values).float().to(device)
+
+
+# One table a device, which a compiled step looks up too instead of computing it anew.
+_m_levels: Callable[[torch.device], Tensor] = torch.compiler.assume_constant_result(functools.cache(_levels))

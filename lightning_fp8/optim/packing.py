@@ -6,7 +6,7 @@ their size. Everything that a block needs to know of its parameter is looked up 
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from lightning_fp8.numerics.weights import CorrectedWeights, StochasticWeights, 
 from lightning_fp8.optim import blocks, shards
 from lightning_fp8.optim.finite import keep_unless
 from lightning_fp8.optim.health import Counts
-from lightning_fp8.optim.step import Corrections, Hyper, Moments, squared_update_size, step_blocks
+from lightning_fp8.optim.step import Corrections, Hyper, Moments, Step, squared_update_size, step_blocks
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 24}  # temporaries that stay in a CPU's caches, or fill a GPU
 _DRAWN = (StochasticWeights, CorrectedWeights)  # weights that random bits round
@@ -82,7 +82,9 @@ def step_batch(members: list[Member], group: dict[str, Any], finite: Tensor | No
         What was counted, if the group has its health tracked.
     """
     weights_kind, moments_kind, size = members[0].weights, members[0].moments, group["block_size"]
-    batch, hyper = _pack(members, group), Hyper.of(group)
+    batch, hyper, compute = _pack(members, group), Hyper.of(group), step_rows
+    if group["compile"]:
+        hyper, compute = hyper.as_tensors(), _compiled_step()
     device = batch.keys.device
     lanes = torch.arange(size, dtype=torch.int32, device=device)
     chunks = blocks.chunks(tuple(place.shape for place in batch.places), _CHUNK_ELEMENTS.get(device.type, 1 << 24))
@@ -94,12 +96,14 @@ def step_batch(members: list[Member], group: dict[str, Any], finite: Tensor | No
         old = _gather(batch, rows)
         first = len(weights_kind._fields)
         weights, moments = weights_kind(*old[:first]), moments_kind(*old[first:])
-        result = step_blocks(
+        result = compute(
             weights,
             blocks.gather(batch.grads, rows, size),
             moments,
-            random_bits(row_keys(keys, steps, row), columns) if weights_kind in _DRAWN else columns,
-            dither(keys, steps, row, columns),
+            keys,
+            steps,
+            row,
+            columns,
             Corrections(*(correction[owner] for correction in batch.corrections)),
             hyper if rates is None else hyper._replace(lr=rates[owner]),
         )
@@ -110,6 +114,32 @@ def step_batch(members: list[Member], group: dict[str, Any], finite: Tensor | No
         for tensors, new, value in zip(batch.stored.values(), (*result.weights, *result.moments), old, strict=True):
             blocks.scatter(keep_unless(finite, new, value), tensors, rows)
     return counts
+
+
+def step_rows(
+    weights: Weights,
+    grad: Tensor,
+    moments: Moments,
+    keys: Tensor,
+    steps: Tensor,
+    row: Tensor,
+    columns: Tensor,
+    corrections: Corrections,
+    hyper: Hyper,
+) -> Step:
+    """`step_blocks` with the random bits of its blocks; they are functions of `keys`, `steps`, `row` and `columns`.
+
+    See `rounding.dither` for these four. All that changes from step to step is a tensor, so that this is what to
+    compile: one graph for each combination of formats and dtypes.
+    """
+    bits = random_bits(row_keys(keys, steps, row), columns) if isinstance(weights, _DRAWN) else columns
+    return step_blocks(weights, grad, moments, bits, dither(keys, steps, row, columns), corrections, hyper)
+
+
+@functools.cache
+def _compiled_step() -> Callable[..., Step]:
+    compiled: Callable[..., Step] = torch.compile(step_rows, dynamic=True, fullgraph=True)
+    return compiled
 
 
 def _pack(members: list[Member], group: dict[str, Any]) -> _Batch:

@@ -27,13 +27,13 @@ MOMENTS: dict[str, type[Moments]] = {
 
 
 class Hyper(NamedTuple):
-    """The numbers of one step of one group; `lr` may be a tensor, a scalar or [n, 1]."""
+    """The numbers of one step of one group: Python's or scalar tensors; `lr` may be [n, 1] too."""
 
     lr: float | Tensor
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
+    beta1: float | Tensor
+    beta2: float | Tensor
+    eps: float | Tensor
+    weight_decay: float | Tensor
     maximize: bool = False
     max_update: float | None = None
 
@@ -42,6 +42,14 @@ class Hyper(NamedTuple):
         """Those of a parameter group."""
         numbers = {name: group[name] for name in ("lr", "eps", "weight_decay", "maximize", "max_update")}
         return cls(beta1=group["betas"][0], beta2=group["betas"][1], **numbers)
+
+    def as_tensors(self) -> "Hyper":
+        """The same in fp64 scalars, so that a compiled step does not depend on their values; the limit stays a number.
+
+        An fp64 scalar counts in arithmetic as a Python number does, so results are the same too.
+        """
+        lr, beta1, beta2, eps, decay = (torch.as_tensor(number, dtype=torch.float64) for number in self[:5])
+        return self._replace(lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=decay)
 
 
 class Corrections(NamedTuple):
@@ -108,5 +116,5 @@ def squared_update_size(grad: Tensor, moments: Moments, corrections: Corrections
     """
     squared = grad.float().square()
     v = moments.decode()[1] * hyper.beta2 + squared * (1 - hyper.beta2)
-    floor = max(hyper.eps**2, torch.finfo(torch.float32).tiny)
+    floor = max(float(hyper.eps) ** 2, torch.finfo(torch.float32).tiny)
     return (squared / (v / corrections.v).clamp_min(floor)).sum(dim=1)
