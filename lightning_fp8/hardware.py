@@ -139,3 +139,26 @@ ACCELERATORS = {
     "rtx4090": Accelerator("GeForce RTX 4090", 165.2e12, 330.3e12, 1.008e12),
     "mi300x": Accelerator("MI300X", 1307.4e12, 2614.9e12, 5.3e12),
 }
+
+_NAMES = {
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+    "NVIDIA B200": "b200",
+    "NVIDIA L40S": "l40s",
+    "NVIDIA GeForce RTX 4090": "rtx4090",
+    "AMD Instinct MI300X": "mi300x",
+}
+
+
+def accelerator(device: torch.device) -> Accelerator | None:
+    """The datasheet of `device`; None if it is not one that is known by its full name.
+
+    Variants of one chip have other peaks: an H100 on a PCIe card is not the "NVIDIA H100 80GB HBM3".
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return ACCELERATORS.get(_NAMES.get(name, ""))
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes of its memory that tensors have taken so far; None where there is none of its own."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

@@ -127,3 +127,20 @@ def test_the_device_is_described_in_words(machine):
     assert hardware.describe_fp8() == "native"
     machine((8, 0))
     assert "emulated, in bfloat16 GEMMs: Testium 1000 (sm_80)" in hardware.describe_fp8()
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [("NVIDIA H100 80GB HBM3", "H100 SXM"), ("NVIDIA H200", "H200 SXM"), ("NVIDIA H100 PCIe", None), ("H200", None)],
+)
+def test_a_datasheet_goes_with_the_full_name_of_a_device(monkeypatch, name, known):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7)
+    found = hardware.accelerator(torch.device("cuda", 0))
+    assert (found and found.name) == known
+    assert hardware.peak_memory(torch.device("cuda", 0)) == 7
+
+
+def test_a_cpu_has_no_datasheet_and_no_memory_of_its_own():
+    assert hardware.accelerator(torch.device("cpu")) is None
+    assert hardware.peak_memory(torch.device("cpu")) is None

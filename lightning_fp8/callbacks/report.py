@@ -12,7 +12,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -37,6 +39,19 @@ class RunReport(Callback):
         self._ledger: Ledger | None = None
         self._first_step = self._validated_at = 0
         self._table: Table | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of torch threads: a resume is exact, bit for bit, with the same number."""
+        return {"torch_threads": torch.get_num_threads()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Says so if a run is resumed with another number of threads."""
+        before, now = state_dict.get("torch_threads"), torch.get_num_threads()
+        if before not in (None, now):
+            rank_zero_warn(
+                f"The run was made with {before} torch threads and goes on with {now}: sums are added up in another"
+                f" order, so it will not be the same bit for bit. Set OMP_NUM_THREADS={before} if it is to be."
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Continues the log of a resumed run at the right row; puts the tokenizer beside the checkpoints."""
@@ -96,9 +111,9 @@ class RunReport(Callback):
             for name in ("val/loss", "val/perplexity", "val/bits_per_byte")
             if name in trainer.callback_metrics
         }
-        speed = next((c.tokens_per_second for c in cast(Any, trainer).callbacks if isinstance(c, Throughput)), 0.0)
+        throughput = next((c for c in cast(Any, trainer).callbacks if isinstance(c, Throughput)), Throughput())
         return metrics | {
-            "tokens_per_second": speed,
+            "tokens_per_second": throughput.tokens_per_second,
             "fp8/linears": sum(isinstance(module, FP8Linear) for module in pl_module.modules()),
             "fp8/flop_share": sum(gemm.flops for gemm in self._gemms) / max(1, self._flops.flops),
             "bytes_per_param": {
@@ -106,6 +121,9 @@ class RunReport(Callback):
                 "grads": ledger.grads,
                 "moments": ledger.moments + ledger.scales,
             },
+            "torch_threads": torch.get_num_threads(),
+            **throughput.mfu(throughput.tokens_per_second),
+            **({"peaks": throughput.peaks._asdict()} if throughput.peaks else {}),
         }
 
 

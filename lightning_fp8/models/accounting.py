@@ -1,10 +1,30 @@
-"""FLOPs of the products that really ran."""
+"""What a model computes: FLOPs counted from its shapes, and from the products that really run."""
 
 from typing import Any
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from lightning_fp8.models.config import DecoderConfig
+
+
+def flops_per_token(config: DecoderConfig, length: int) -> int:
+    """Model FLOPs of one token of a training step, a multiply-add as two; what MFU is defined by.
+
+    A weight that is multiplied by takes 2 FLOPs forward and 4 backward. Attention takes, in each block, two products
+    of T by its width forward and four backward: as usual (PaLM, appendix B) the whole square is counted, without the
+    half that a causal kernel may leave out, and nothing that a kernel computes twice.
+
+    Args:
+        config: The decoder's shape.
+        length: Tokens in a sequence, T.
+    """
+    d, heads, kv_heads = config.hidden_size, config.num_heads, config.num_kv_heads
+    attention_width = heads * config.head_size
+    projections = d * config.head_size * (2 * heads + 2 * kv_heads) + 3 * d * config.intermediate_size
+    products = config.num_layers * (projections + 2 * length * attention_width) + d * config.vocab_size
+    return 3 * 2 * products
 
 
 class FlopCounter(TorchDispatchMode):

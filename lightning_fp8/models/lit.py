@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from lightning_fp8.metrics import BitsPerByte, Perplexity
+from lightning_fp8.models.accounting import flops_per_token
 from lightning_fp8.models.config import DecoderConfig
 from lightning_fp8.models.decoder import Decoder
 from lightning_fp8.optim import (
@@ -90,6 +91,10 @@ class DecoderLM(LightningModule):
         decoder: Any = self.decoder
         logits_btv: Tensor = decoder(tokens_bt)
         return logits_btv
+
+    def flops_per_token(self, length: int) -> int:
+        """Model FLOPs of one token of a training step on sequences of `length`; `Throughput` takes MFU from them."""
+        return flops_per_token(self.config, length)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """The mean cross-entropy, in nats a token, of a batch [B, T + 1]."""

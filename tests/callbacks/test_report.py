@@ -1,5 +1,6 @@
 import json
 import math
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from lightning_fp8.optim import WarmupCosine
 SHAPE = DecoderConfig(vocab_size=272, hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=2, intermediate_size=96)
 STEPS, BATCH, LENGTH = 3, 2, 8
 KEYS = ["val/loss", "val/perplexity", "val/bits_per_byte"]
-KEYS += ["tokens_per_second", "fp8/linears", "fp8/flop_share", "bytes_per_param"]
+KEYS += ["tokens_per_second", "fp8/linears", "fp8/flop_share", "bytes_per_param", "torch_threads"]
 
 
 def fit(folder: Path, data: Path, callbacks: list[Callback], model: DecoderLM | None = None, **options: Any) -> Trainer:
@@ -66,6 +67,18 @@ def test_summary_repeats_what_was_logged(run: Any) -> None:
         assert run.summary[name] == pytest.approx(logged[name])
     assert run.summary["val/perplexity"] == pytest.approx(math.exp(run.summary["val/loss"]), rel=1e-5)
     assert run.summary["tokens_per_second"] > 0
+
+
+def test_the_number_of_threads_is_recorded_and_another_is_warned_of(run: Any, tmp_path: Path) -> None:
+    assert run.summary["torch_threads"] == torch.get_num_threads() == 1
+    run.trainer.save_checkpoint(tmp_path / "last.ckpt")
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]["RunReport"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        RunReport().load_state_dict(state)
+    torch.set_num_threads(2)
+    with pytest.warns(UserWarning, match=r"made with 1 torch threads and goes on with 2.*OMP_NUM_THREADS=1"):
+        RunReport().load_state_dict(state)
 
 
 def test_every_linear_of_the_blocks_ran_in_fp8(run: Any) -> None:
