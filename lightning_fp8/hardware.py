@@ -7,8 +7,6 @@ import torch
 
 # Asked once, when the module is imported: a compiled graph cannot ask.
 _CPU_HAS_MATRIX_UNITS = bool(torch.cpu.get_capabilities().get("amx_bf16", False))
-
-
 _OLDEST_TRANSFORMER_ENGINE = (2, 20)
 
 

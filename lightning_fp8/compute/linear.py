@@ -109,7 +109,7 @@ def end_step(module: nn.Module) -> None:
 def switch(module: nn.Module, *, on: bool) -> None:
     """Lets the converted layers of `module` run in FP8, or in their own dtype, until switched again."""
     for layer in module.modules():
-        if isinstance(layer, FP8Linear):
+        if isinstance(layer, FP8Linear | ConvertedLinear):
             layer.fp8_active = on
 
 

@@ -1,13 +1,14 @@
 """Which layers become Transformer Engine's, and the context in which these run in FP8."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_fp8.compute.autocast import scales_frozen
 from lightning_fp8.compute.convert import (
     KEEP_HIGH_PRECISION,
     ConversionReport,
@@ -64,19 +65,20 @@ def convert_to_transformer_engine(
             _convert_norm(name, layer, keep_high_precision)
         if not isinstance(layer, nn.Linear):
             continue
-        same = isinstance(layer, ConvertedLinear) and layer.te_recipe == resolved
         reason = reason_to_keep(name, layer, keep_high_precision, embeddings) or _too_ragged(layer, resolved)
         if keep_slow and not reason:
             reason = slower(layer.in_features, layer.out_features, resolved)
-        if not reason and not same and _is_sharded(layer.weight):
+        was_converted = isinstance(layer, ConvertedLinear)
+        stays = was_converted and layer.te_recipe == resolved and not reason
+        if _is_sharded(layer.weight) and (was_converted if reason else not stays):
             raise ValueError(
                 f"FP8 backend 'transformer_engine': {name} is sharded already. Under ModelParallelStrategy, call"
                 " lightning_fp8.compute.convert_to_transformer_engine(self, recipe) in configure_model, before"
-                " fully_shard."
+                " fully_shard, with what the plugin is given."
             )
-        if reason or not same:
+        if not stays:
             abandon(layer)
-        reason = reason or (None if same else foreign(layer))
+            reason = reason or foreign(layer)
         if reason:
             report.kept[name] = reason
             continue
@@ -90,15 +92,17 @@ def _convert_linear(name: str, layer: nn.Linear, recipe: Recipe, cache_weights: 
     if not isinstance(layer, ConvertedLinear):
         restore_linears(layer)
         adopt(layer, name)
-        converted.te_recipe, converted.te_loaded = recipe, None
+        converted.te_recipe, converted.te_loaded, converted.fp8_active = recipe, None, True
     converted.te_cache_weights, converted.te_cast_version = cache_weights, None
 
 
 def _convert_norm(name: str, norm: nn.RMSNorm | nn.LayerNorm, patterns: Sequence[str]) -> None:
+    if _is_sharded(norm.weight):
+        return
     whole = isinstance(norm.weight, nn.Parameter) and norm.eps is not None and getattr(norm, "bias", norm) is not None
     if any(fnmatchcase(name, pattern) for pattern in patterns):
         abandon(norm)
-    elif type(norm) in (nn.RMSNorm, nn.LayerNorm) and whole and not _is_sharded(norm.weight):
+    elif type(norm) in (nn.RMSNorm, nn.LayerNorm) and whole:
         adopt(norm, name)
 
 
@@ -127,12 +131,14 @@ def restore_from_transformer_engine(module: nn.Module) -> list[str]:
     return [name for name, layer in restored if isinstance(layer, nn.Linear)]
 
 
+@contextmanager
 def transformer_engine_autocast(
     recipe: str | Mapping[str, Any] | Recipe = "tensorwise", enabled: bool = True
-) -> AbstractContextManager[Any]:
+) -> Iterator[None]:
     """The context in which converted layers compute in FP8; under delayed scaling, scales follow where it ends.
 
     The precision plugins enter it. In a plain loop, put it around the forward pass, with the recipe of the conversion.
+    Activation checkpointing computes again outside of it: use `transformer_engine.pytorch.checkpoint`, which knows.
 
     Raises:
         ValueError: A recipe that is unknown or that Transformer Engine lacks.
@@ -140,5 +146,7 @@ def transformer_engine_autocast(
     theirs = transformer_engine_recipe(resolve_recipe(recipe))
     import transformer_engine.pytorch as te
 
-    context: AbstractContextManager[Any] = te.autocast(enabled=enabled, recipe=theirs)
-    return context
+    # Transformer Engine lets scales follow where its outermost context ends, if that one is enabled.
+    outer = te.autocast(enabled=False, recipe=theirs) if scales_frozen() else nullcontext()
+    with outer, te.autocast(enabled=enabled, recipe=theirs):
+        yield

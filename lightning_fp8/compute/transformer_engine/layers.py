@@ -5,10 +5,11 @@ that was built, without memory, on the meta device. The class derives from both,
 true and what follows is all that behaves differently from Transformer Engine:
 
 * The state dict has no `_extra_state`; loading one that has it, as Transformer Engine's own do, leaves it aside.
-* With `fp8_autocast(enabled=False)` a linear layer computes as the `nn.Linear` it also is.
+* Switched off (`fp8_autocast(enabled=False)`, `fp8_active`) a linear layer computes as the `nn.Linear` it also is.
 * Any number of tokens goes: FP8 GEMMs want a multiple of 16 (MX: of 32), and zeros are padded, which change no scale.
 * The FP8 copy of a weight can be kept while the weight is the same, over the micro-batches of a step.
-* Where gradients are off, amax histories stay as they are; Transformer Engine would let evaluation set later scales.
+* Where gradients are off or scales frozen, a forward pass leaves the histories as they are; Transformer Engine would
+  let evaluation set later scales.
 * The scaling state is made at the first FP8 forward, outside inference mode if need be (a sanity check often is the
   first), or training could not write it; what was loaded before is put in then.
 """
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_fp8.compute.autocast import fp8_enabled
+from lightning_fp8.compute.autocast import fp8_enabled, scales_frozen
 from lightning_fp8.compute.recipe import Recipe
 
 # Name in a saved state -> (key of a module's `fp8_meta`, attribute of what lies there).
@@ -54,6 +55,7 @@ class ConvertedLinear(Converted, nn.Linear):
     """A linear layer of Transformer Engine's; FP8 in `transformer_engine_autocast`, high precision elsewhere."""
 
     fp8_meta: dict[str, Any]
+    fp8_active: bool
     te_recipe: Recipe
     te_cache_weights: bool
     te_cast_version: int | None  # the version of the weight whose FP8 copy is kept
@@ -61,15 +63,15 @@ class ConvertedLinear(Converted, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns x w^T + b for an input [..., K]."""
-        if not fp8_enabled():
+        if not (self.fp8_active and fp8_enabled()):
             return F.linear(input, self.weight, self.bias)
-        x = input.reshape(-1, self.in_features)
-        tokens = x.shape[0]
+        tokens = input.numel() // self.in_features
         missing = -tokens % (32 if self.te_recipe.weight.granularity == "mx_1x32" else 16)
-        if missing:
-            x = F.pad(x, (0, 0, 0, missing))
-        y = self._train(x) if torch.is_grad_enabled() else self._evaluate(x)
-        return y[:tokens].view(*input.shape[:-1], self.out_features)
+        run = self._train if torch.is_grad_enabled() and not scales_frozen() else self._evaluate
+        if not missing:
+            return run(input)
+        padded = F.pad(input.reshape(tokens, self.in_features), (0, 0, 0, missing))
+        return run(padded)[:tokens].view(*input.shape[:-1], self.out_features)
 
     def _train(self, x: Tensor) -> Tensor:
         first = None

@@ -13,6 +13,8 @@ from lightning_fp8.compute import (
     restore_from_transformer_engine,
     transformer_engine_autocast,
 )
+from lightning_fp8.compute.autocast import frozen_scales
+from lightning_fp8.compute.linear import switch
 
 NAMES = {"TransformerEngineLinear", "TransformerEngineRMSNorm", "TransformerEngineLayerNorm"}
 
@@ -173,6 +175,18 @@ def test_a_root_that_is_a_linear_layer_is_converted_in_place(te):
     assert isinstance(layer, te.Linear)
 
 
+def test_copies_of_a_model_are_models_of_their_own(te):
+    model = Model()
+    convert_to_transformer_engine(model, "delayed")
+    loss(model, "delayed")
+    other = copy.deepcopy(model)
+    assert isinstance(other.body[1], te.Linear)
+    assert other.again.weight is other.body[1].weight is not model.body[1].weight
+    before = model.body[1].scaling_tensors()["scale_fwd"].clone()
+    other.body[1].scaling_tensors()["scale_fwd"].zero_()
+    assert torch.equal(model.body[1].scaling_tensors()["scale_fwd"], before)
+
+
 def test_mx_keeps_what_its_blocks_do_not_fit(te):
     report = convert_to_transformer_engine(nn.Sequential(nn.Linear(32, 48), nn.Linear(64, 32)), "mxfp8")
     assert report.converted == ["1"]
@@ -226,7 +240,7 @@ def test_meta_layers_are_initialised_as_torchs_and_stay_the_same_parameters(te):
     assert torch.equal(layer.bias, plain.bias)
 
 
-@pytest.mark.parametrize("tokens", [(3, 7), (5,), (), (2, 3, 4)])
+@pytest.mark.parametrize("tokens", [(3, 7), (5,), (), (2, 3, 4), (2, 16), (2, 2, 8)])
 def test_any_number_of_tokens_goes(te, tokens):
     torch.manual_seed(0)
     layer = nn.Linear(32, 48)
@@ -257,6 +271,17 @@ def test_switched_off_a_layer_is_the_torch_layer_it_also_is(te):
     with transformer_engine_autocast("delayed"):
         layer(x)
     assert gemms[0].fp8_operands == 2
+
+
+def test_switching_the_layers_themselves_does_the_same(te):
+    model = Model()
+    y = model(TOKENS)
+    convert_to_transformer_engine(model, keep_high_precision=("*head*", "body.0", "body.2"))
+    switch(model, on=False)
+    with transformer_engine_autocast():
+        assert torch.equal(model(TOKENS), y)
+        switch(model, on=True)
+        assert not torch.equal(model(TOKENS), y)
 
 
 def weight_casts(layer):
@@ -298,7 +323,7 @@ def test_a_cached_cast_ends_with_the_step_or_the_weight_but_not_with_evaluation(
     assert weight_casts(layer) == before + 2
 
 
-@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode, frozen_scales])
 def test_evaluation_leaves_the_histories_as_they_are(te, off):
     layer = nn.Linear(32, 48)
     convert_to_transformer_engine(layer, "delayed")
@@ -342,7 +367,9 @@ def mesh(tmp_path):
 def test_a_sharded_model_is_refused_with_the_place_to_convert_it(te, mesh, itself):
     model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 10))
     fully_shard(model[0] if itself else model, mesh=mesh)
-    with pytest.raises(ValueError, match=r"0 is sharded already.*convert_to_transformer_engine\(self, .* in configure"):
+    with pytest.raises(
+        ValueError, match=r"0 is sharded already.*convert_to_transformer_engine\(self, .* in configure_model"
+    ):
         convert_to_transformer_engine(model)
 
 
@@ -353,5 +380,9 @@ def test_a_model_that_was_converted_before_it_was_sharded_is_left_as_it_is(te, m
     fully_shard(model, mesh=mesh)
     assert convert_to_transformer_engine(model, cache_weights=True).converted == ["1"]
     assert isinstance(model[1], te.Linear)
-    with pytest.raises(ValueError, match="1 is sharded already"):
-        convert_to_transformer_engine(model, "delayed")
+    loss(model, tokens=torch.randn(16, 32)).backward()
+    assert sum(gemm.fp8_operands == 2 for gemm in gemms) == 3
+    assert model[1].weight.grad.full_tensor().any()
+    for other in ({"recipe": "delayed"}, {"keep_high_precision": ("1",)}):
+        with pytest.raises(ValueError, match="1 is sharded already"):
+            convert_to_transformer_engine(model, **other)
