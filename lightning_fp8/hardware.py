@@ -1,7 +1,10 @@
 """The only place that asks a device, a driver or an import what it can do."""
 
 from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 
@@ -85,6 +88,26 @@ def why_not_transformer_engine(granularity: str) -> str | None:
 
 def _cuda_version() -> tuple[int, ...]:
     return tuple(int(part) for part in (torch.version.cuda or "0.0").split("."))
+
+
+def runs_kernels() -> bool:
+    """Whether this machine's CUDA device runs the library's Triton kernels: they need conversions to FP8."""
+    return _runs_kernels()
+
+
+torch.compiler.assume_constant_result(runs_kernels)  # a compiled graph cannot ask
+
+
+@cache
+def _runs_kernels() -> bool:
+    if not torch.cuda.is_available() or torch.version.hip or find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability() >= (8, 9)
+
+
+def device_of(x: torch.Tensor) -> AbstractContextManager[object]:
+    """Makes the device of `x` the current one, on which kernels are launched."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def wait_for(device: torch.device) -> None:

@@ -18,17 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_fp8.compute.recipe import Operand, Recipe, Role
+from lightning_fp8.compute.recipe import ROLES, Operand, Recipe, Role
 from lightning_fp8.compute.scaling import DelayedScales
-from lightning_fp8.numerics import Quantized, quantize
-from lightning_fp8.numerics.quantize import Tile, amax, quantize_to
-
-
-class Cast(NamedTuple):
-    """An operand in FP8 and, under delayed scaling, the amax that was found while casting it."""
-
-    quantized: Quantized
-    amax: Tensor | None
+from lightning_fp8.kernels import Cast
+from lightning_fp8.kernels import cast as cast_matrix
 
 
 class _Key(NamedTuple):
@@ -38,7 +31,6 @@ class _Key(NamedTuple):
     offset: int
     layout: tuple[tuple[int, ...], tuple[int, ...]] | None
     operand: Operand
-    tile: Tile | None
     delayed: Recipe | None
 
 
@@ -52,45 +44,54 @@ class _Casts(NamedTuple):
 _known = WeakTensorKeyDictionary()  # Tensor -> _Casts
 
 
-@torch.no_grad()
-def cast(x: Tensor, role: Role, along: int, recipe: Recipe, scales: DelayedScales | None) -> Cast:
-    """Casts `x`, seen as a matrix, for a GEMM that sums over its dimension `along`.
+def cast(x: Tensor, role: Role, recipe: Recipe, scales: DelayedScales | None, *, rows: bool, columns: bool) -> Cast:
+    """Casts `x`, seen as a matrix, for GEMMs that sum over its dimension 1 (`rows`), 0 (`columns`) or each of them.
 
     Args:
         x: [..., K] in bf16, fp16 or fp32.
         role: Which operand of the layer it is.
-        along: 0 or 1.
         recipe: How operands are cast.
         scales: The layer's state under delayed scaling.
+        rows: Whether `Cast.rows` is wanted.
+        columns: Whether `Cast.columns` is wanted.
     """
-    operand, x = recipe.operand(role), x.reshape(-1, x.shape[-1])
-    fmt = operand.number_format
-    if scales is None:
-        return Cast(quantize(x, fmt, tile=operand.tile(along), power_of_two=operand.power_of_two), None)
-    largest = amax(x)
-    scale = scales.scale_for(role, recipe, largest)
-    # amax * 0 is 0, or NaN if it is not finite: then so is all that the GEMM makes of it, and nothing is hidden.
-    return Cast(Quantized(quantize_to(x, fmt, scale), scale + largest * 0), largest)
+    operand = recipe.operand(role)
+    return cast_matrix(
+        x.reshape(-1, x.shape[-1]),
+        operand.number_format,
+        operand.tile(1),
+        rows=rows,
+        columns=columns,
+        power_of_two=operand.power_of_two,
+        remembered=None if scales is None else scales.scale[ROLES.index(role)],
+    )
 
 
-def shared_cast(x: Tensor, role: Role, along: int, recipe: Recipe, scales: DelayedScales | None) -> Cast:
+def shared_cast(
+    x: Tensor, role: Role, recipe: Recipe, scales: DelayedScales | None, *, rows: bool, columns: bool
+) -> Cast:
     """As `cast`, or the cast that was made of the very same, unchanged tensor before."""
     if torch.compiler.is_compiling() or x.is_inference():
         # Inference tensors count no versions; a compiled graph shares equal casts by itself.
-        return cast(x, role, along, recipe, scales)
+        return cast(x, role, recipe, scales, rows=rows, columns=columns)
     base = x._base
     whole = base if base is not None and base.numel() == x.numel() else x
     casts: _Casts | None = _known.get(whole)
     if casts is None or casts.version != x._version:
         casts = _known[whole] = _Casts(x._version, {})
-    operand = recipe.operand(role)
     layout = None if x.is_contiguous() else (x.shape, x.stride())
     delayed = None if scales is None else recipe
-    key = _Key(x.shape[-1], int(x.storage_offset()), layout, operand, operand.tile(along), delayed)
+    key = _Key(x.shape[-1], int(x.storage_offset()), layout, recipe.operand(role), delayed)
     step = -1 if scales is None else scales.scale._version
-    if casts.made.get(key, (None,))[0] != step:
-        casts.made[key] = step, cast(x, role, along, recipe, scales)
-    return casts.made[key][1]
+    made_at, made = casts.made.get(key, (step, Cast()))
+    if made_at != step:
+        made = Cast()
+    lacking = {"rows": rows and made.rows is None, "columns": columns and made.columns is None}
+    if any(lacking.values()):
+        new = cast(x, role, recipe, scales, **lacking)
+        made = Cast(made.rows or new.rows, made.columns or new.columns, new.amax)
+        casts.made[key] = step, made
+    return made
 
 
 def forget_casts(x: Tensor) -> None:

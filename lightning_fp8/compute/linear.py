@@ -26,11 +26,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_fp8.compute.autocast import fp8_enabled, scales_frozen
-from lightning_fp8.compute.casts import Cast, cast, forget_casts, shared_cast
+from lightning_fp8.compute.casts import cast, forget_casts, shared_cast
 from lightning_fp8.compute.gemm import fp8_gemm
 from lightning_fp8.compute.recipe import Gemm, Recipe, Role
 from lightning_fp8.compute.scaling import DelayedScales, advance
 from lightning_fp8.compute.transformer_engine.layers import ConvertedLinear
+from lightning_fp8.kernels import Cast
 from lightning_fp8.numerics import Quantized
 
 
@@ -57,12 +58,11 @@ class FP8Linear(nn.Linear):
         learning = torch.is_grad_enabled() and not scales_frozen()
         # What evaluates may hold other weights for a while, averaged ones say, written past the version counter.
         how = _How(recipe, self.fp8_backend, scales, self.fp8_cache_weights and torch.is_grad_enabled(), learning)
-        x8 = w8 = kept = None
-        if recipe.uses_fp8("forward"):
-            x8, w8 = how.cast(input, "input", along=1), how.cast(self.weight, "weight", along=1)
-        if trained and recipe.uses_fp8("weight_grad"):
-            kept = how.cast(input, "input", along=0)
-        y: Tensor = _ThreeGemms.apply(input, x8, kept, self.weight, w8, self.bias, _compute_dtype(input), how)
+        forward = recipe.uses_fp8("forward")
+        x8 = how.cast(input, "input", rows=forward, columns=trained and recipe.uses_fp8("weight_grad"))
+        w8 = how.cast(self.weight, "weight", rows=forward)
+        dtype = _compute_dtype(input)
+        y: Tensor = _ThreeGemms.apply(input, x8.rows, x8.columns, self.weight, w8.rows, self.bias, dtype, how)
         return y
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -122,15 +122,16 @@ class _How(NamedTuple):
     cache_weights: bool
     learning: bool
 
-    def cast(self, x: Tensor, role: Role, along: int) -> Quantized:
+    def cast(self, x: Tensor, role: Role, *, rows: bool = False, columns: bool = False) -> Cast:
         """An operand, cast or found cast; a training step takes note of its amax."""
         kept = role == "input" or (role == "weight" and self.cache_weights)
-        made: Cast = (shared_cast if kept else cast)(x, role, along, self.recipe, self.scales)
+        make = shared_cast if kept else cast
+        made = make(x, role, self.recipe, self.scales, rows=rows, columns=columns)
         # Gradients are off in backward: what is cast there for the first time is new.
         new = torch.is_grad_enabled() or role == "grad_output" or not self.recipe.uses_fp8("forward")
         if self.learning and self.scales is not None and made.amax is not None and new:
             self.scales.observe(role, made.amax)
-        return made.quantized
+        return Cast(made.rows if rows else None, made.columns if columns else None)
 
     def gemm(self, gemm: Gemm, a: Quantized, b: Quantized, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
         return fp8_gemm(a, b, dtype, self.backend, bias, fast_accumulation=gemm in self.recipe.fast_accumulation)
@@ -169,16 +170,16 @@ class _ThreeGemms(torch.autograd.Function):
         recipe = how.recipe
         wants_dx, wants_dw, wants_db = ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[5]
         dy = _flat(dy)
-        dy8 = dx = dw = db = None
-        if wants_dx and recipe.uses_fp8("input_grad"):
-            dy8 = how.cast(dy, "grad_output", along=1)
-            dx = how.gemm("input_grad", dy8, how.cast(weight, "weight", along=0), ctx.x_dtype)
+        dx = dw = db = None
+        fp8_dx, fp8_dw = wants_dx and recipe.uses_fp8("input_grad"), wants_dw and recipe.uses_fp8("weight_grad")
+        dy8 = how.cast(dy, "grad_output", rows=fp8_dx, columns=fp8_dw)
+        w8 = how.cast(weight, "weight", columns=fp8_dx)
+        if dy8.rows is not None and w8.columns is not None:
+            dx = how.gemm("input_grad", dy8.rows, w8.columns, ctx.x_dtype)
         elif wants_dx:
             dx = (dy @ weight.to(dy.dtype)).to(ctx.x_dtype)
-        if wants_dw and recipe.uses_fp8("weight_grad"):
-            if dy8 is None or recipe.grad_output.tile(0) != recipe.grad_output.tile(1):
-                dy8 = how.cast(dy, "grad_output", along=0)
-            dw = how.gemm("weight_grad", dy8.t(), Quantized(kept, kept_scale, ctx.tile), weight.dtype)
+        if dy8.columns is not None:
+            dw = how.gemm("weight_grad", dy8.columns.t(), Quantized(kept, kept_scale, ctx.tile), weight.dtype)
         elif wants_dw:
             dw = (dy.t() @ _flat(kept).to(dy.dtype)).to(weight.dtype)
         if wants_db:

@@ -70,12 +70,6 @@ class DelayedScales:
             nonfinite=self.nonfinite.to(device),
         )
 
-    def scale_for(self, role: Role, recipe: Recipe, amax: Tensor) -> Tensor:
-        """The scale to cast an operand by, fp32 scalar: the remembered one or, if there is none, that of `amax`."""
-        remembered, operand = self.scale[ROLES.index(role)], recipe.operand(role)
-        current = scale_of(amax, operand.number_format, power_of_two=operand.power_of_two)
-        return torch.where(remembered > 0, remembered, current)
-
     def observe(self, role: Role, amax: Tensor) -> None:
         """Notes the amax of an operand that takes part in training."""
         largest = self.running[ROLES.index(role)]

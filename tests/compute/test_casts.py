@@ -11,7 +11,7 @@ from torch import nn
 from lightning_fp8 import convert_linears
 from lightning_fp8.compute import casts, end_step
 from lightning_fp8.compute.casts import shared_cast
-from lightning_fp8.compute.recipe import PRESETS, Recipe
+from lightning_fp8.compute.recipe import PRESETS
 from lightning_fp8.optim import FP8AdamW
 
 CACHED = ["tensorwise", "delayed", "rowwise", "blockwise", "mxfp8"]
@@ -22,9 +22,10 @@ def made(monkeypatch):
     """The roles of the casts that were really made."""
     roles, cast = [], casts.cast
 
-    def counted(x, role, *args):
-        roles.append(role)
-        return cast(x, role, *args)
+    def counted(x, role, *args, rows, columns):
+        if rows or columns:
+            roles.append(role)
+        return cast(x, role, *args, rows=rows, columns=columns)
 
     monkeypatch.setattr(casts, "cast", counted)
     monkeypatch.setattr("lightning_fp8.compute.linear.cast", counted)
@@ -42,8 +43,9 @@ def linear(recipe="tensorwise", k=64, n=64, seed=0, **options):
     return layer
 
 
-def cast_of(x, along=1, recipe="tensorwise"):
-    return shared_cast(x, "input", along, PRESETS[recipe], None).quantized
+def cast_of(x, layout="rows", recipe="tensorwise", role="input"):
+    wanted = {"rows": layout == "rows", "columns": layout == "columns"}
+    return getattr(shared_cast(x, role, PRESETS[recipe], None, **wanted), layout)
 
 
 def same_codes(a, b):
@@ -99,10 +101,11 @@ def test_other_elements_or_other_lines_are_cast_by_themselves(other, made):
 
 def test_formats_scales_and_layouts_are_told_apart(made):
     h = tensor(32, 64)
-    for recipe, along in (("tensorwise", 1), ("tensorwise", 0), ("rowwise", 1), ("rowwise", 0), ("mxfp8", 1)):
-        cast_of(h, along, recipe)
-    assert len(made) == 4  # one scale a tensor serves both layouts
-    shared_cast(h, "grad_output", 1, Recipe(), None)
+    for layout, recipe in (("rows", "tensorwise"), ("columns", "tensorwise"), ("rows", "rowwise"), ("rows", "mxfp8")):
+        cast_of(h, layout, recipe)
+    assert len(made) == 3  # one scale a tensor serves both layouts
+    cast_of(h, "columns", "rowwise")
+    cast_of(h, role="grad_output")
     assert len(made) == 5
 
 
@@ -270,10 +273,11 @@ def test_the_end_of_a_step_frees_what_was_kept(preset, copies):
     layer = linear(preset, cache_weights=True)
     layer(tensor(32, 64).requires_grad_()).sum().backward()
     kept = casts._known[layer.weight].made.values()
-    codes = [cast.quantized.codes for _, cast in kept]
+    found = {id(q.codes): q.codes for _, cast in kept for q in (cast.rows, cast.columns) if q is not None}
+    codes = list(found.values())
     assert sum(c.numel() * c.element_size() for c in codes) == copies * layer.weight.numel()  # a byte a weight and copy
     references = [weakref.ref(c) for c in codes]
-    del codes, kept
+    del codes, found, kept
     end_step(layer)
     gc.collect()
     assert not any(reference() for reference in references)

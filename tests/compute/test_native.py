@@ -54,15 +54,13 @@ def three_gemms(recipe, tokens, k, n, bias=True, dtype=torch.bfloat16):
     weight = torch.empty(n, k, device=cuda, dtype=dtype)
     offset = torch.empty(n, device=cuda, dtype=dtype) if bias else None
     scales = DelayedScales.unknown(recipe.history, cuda) if recipe.scaling == "delayed" else None
-    how = _How(recipe, "native", scales, False)
-    x8 = w8 = kept = None
-    if recipe.uses_fp8("forward"):
-        x8, w8 = how.cast(x, "input", along=1), how.cast(weight, "weight", along=1)
-    if recipe.uses_fp8("weight_grad"):
-        kept = how.cast(x, "input", along=0)
+    how = _How(recipe, "native", scales, cache_weights=False, learning=True)
+    forward = recipe.uses_fp8("forward")
+    x8 = how.cast(x, "input", rows=forward, columns=recipe.uses_fp8("weight_grad"))
+    w8 = how.cast(weight, "weight", rows=forward)
     ctx = SimpleNamespace(needs_input_grad=(True, False, False, True, False, bias, False, False))
     ctx.save_for_backward = lambda *tensors: setattr(ctx, "saved_tensors", tensors)
-    y = _ThreeGemms.forward(ctx, x, x8, kept, weight, w8, offset, dtype, how)
+    y = _ThreeGemms.forward(ctx, x, x8.rows, x8.columns, weight, w8.rows, offset, dtype, how)
     dx, _, _, dw, _, db, *_ = _ThreeGemms.backward(ctx, dy)
     return y, dx, dw, db
 

@@ -1,0 +1,8 @@
+"""Triton kernels, each beside a reference in plain torch; which of them runs is decided here and nowhere else.
+
+A kernel runs where its tensors are on a CUDA device that it can be compiled for, the reference everywhere else.
+"""
+
+from lightning_fp8.kernels.cast import Cast, cast
+
+__all__ = ["Cast", "cast"]
