@@ -358,6 +358,8 @@ def test_evaluation_within_a_training_step_does_not_hide_what_the_step_saw(te):
 
 @pytest.fixture
 def mesh(tmp_path):
+    if torch.distributed.is_initialized():  # by a strategy of Lightning's, which keeps its group for the process
+        torch.distributed.destroy_process_group()
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     torch.distributed.destroy_process_group()

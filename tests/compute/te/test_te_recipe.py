@@ -1,9 +1,10 @@
 import dataclasses
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
-from transformer_engine_on_cpu import gemms
+from transformer_engine_on_cpu import cpu_taken_for_gpu, gemms
 
 from lightning_fp8.compute import PRESETS, Operand, Recipe, convert_to_transformer_engine, transformer_engine_autocast
 from lightning_fp8.compute.recipe import GEMMS, ROLES, resolve_recipe
@@ -131,6 +132,18 @@ def test_what_transformer_engine_lacks_is_refused_with_what_it_has(recipe, words
         require_transformer_engine(resolve_recipe(recipe))
     assert "has tensorwise, delayed, blockwise and mxfp8" in str(error.value)
     assert str(error.value).count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    ("capability", "presets"),
+    [((8, 0), []), ((9, 0), ["tensorwise", "delayed", "blockwise"]), ((10, 0), list(CLASSES))],
+)
+def test_transformer_engine_is_asked_what_the_device_can_do(python_layer, capability, presets):
+    with cpu_taken_for_gpu(capability):
+        for preset in CLASSES:
+            refused = pytest.raises(ValueError, match=r"cannot run here: .* compute capability")
+            with nullcontext() if preset in presets else refused:
+                require_transformer_engine(PRESETS[preset])
 
 
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name not in CLASSES])

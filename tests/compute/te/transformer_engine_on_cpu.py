@@ -195,6 +195,10 @@ def cpu_taken_for_gpu(capability: tuple[int, int] = (10, 0)) -> Iterator[None]:
         stack.enter_context(mock.patch.multiple(torch.cuda, **device))
         tensor = {"is_cuda": property(lambda self: True), "cuda": lambda self: self}
         stack.enter_context(mock.patch.multiple(torch.Tensor, **tensor))
+        for answer in ("_FP8_SUPPORT", "_MXFP8_SUPPORT", "_FP8_BLOCK_SCALING_SUPPORT"):  # kept for another device
+            stack.enter_context(mock.patch.object(quantization, answer, None))
+        stack.enter_context(mock.patch.object(quantization, "get_device_compute_capability", return_value=capability))
+        stack.enter_context(mock.patch.object(torch.version, "cuda", "13.0"))
         on_cpu = staticmethod(lambda *a, **k: create(*a, **k, device=torch.device("cpu")))
         stack.enter_context(mock.patch.object(quantization.RecipeState, "create", on_cpu))
         try:
