@@ -1,4 +1,4 @@
-"""Triton kernels, each beside a reference in plain torch; which of them runs is decided here and nowhere else.
+"""Triton kernels, each beside a reference in plain torch of the same signature.
 
 A kernel runs where its tensors are on a CUDA device that it can be compiled for, the reference everywhere else.
 """

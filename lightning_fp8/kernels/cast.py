@@ -90,7 +90,7 @@ def cast(
     if not (rows or columns):
         return Cast()
     tile = tile or WHOLE
-    if not (x.is_cuda and tile in _TILES_WITH_KERNELS and hardware.runs_kernels()):
+    if not _has_kernel(x, tile):
         return reference(x, fmt, tile, power_of_two, remembered, rows, columns)
     made = Outputs(
         *torch.ops.lightning_fp8.cast(x.contiguous(), remembered, fmt.name, *tile, power_of_two, rows, columns)
@@ -101,6 +101,11 @@ def cast(
         _quantized(made.columns.t(), made.row_scale if square else made.column_scale, tile[::-1]) if columns else None,
         made.amax if whole else None,
     )
+
+
+def _has_kernel(x: Tensor, tile: Tile) -> bool:
+    """Which of the two runs is decided here and nowhere else."""
+    return x.is_cuda and tile in _TILES_WITH_KERNELS and hardware.runs_kernels()
 
 
 def reference(

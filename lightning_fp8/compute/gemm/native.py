@@ -2,7 +2,8 @@
 
 The layers give operands as the mathematics has them; here they get the order of memory that the hardware wants: a
 row-major, b column-major, a ragged inner dimension (the tokens, in weight_grad) padded with zeros, scales in the layout
-of their granularity. Codes that do not lie so are transposed, a byte an element.
+of their granularity. The kernels that cast leave codes and scales in that order already; the reference's are
+transposed here, a byte an element.
 
 Only a scale a tensor can go with an fp32 or fp16 result everywhere; the others come out in bf16.
 """
@@ -89,7 +90,7 @@ def _scales(a: Quantized, b: Quantized, kind: str, m_padding: int) -> tuple[Tens
         return _row_major(a.scale), _row_major(b.scale)
     if kind == "mx_1x32":
         return swizzle_mx_scales(a.scale), swizzle_mx_scales(b.scale.t())
-    scale_a = _column_major(F.pad(a.scale, (0, 0, 0, m_padding), value=1.0))
+    scale_a = _column_major(F.pad(a.scale, (0, 0, 0, m_padding), value=1.0) if m_padding else a.scale)
     if kind == "block_1x128":
         return scale_a, _column_major(b.scale.t())
     return scale_a, _column_major(F.pad(b.scale, (0, 0, 0, -b.scale.shape[0] % 4), value=1.0))
@@ -120,5 +121,7 @@ def _row_major(matrix: Tensor) -> Tensor:
 
 
 def _column_major(scale: Tensor) -> Tensor:
+    if scale.stride() == (1, scale.shape[0]):
+        return scale
     transposed = scale.t()
     return torch.empty_like(transposed, memory_format=torch.contiguous_format).copy_(transposed).t()
