@@ -56,7 +56,7 @@ def test_fabric_reaches_the_loss_of_the_command_line(work):
 @pytest.mark.parametrize(
     ("example", "pattern", "learnt"),
     [
-        ("reuse_plugin_vision.py", r"accuracy ([\d.]+), by chance ([\d.]+)", lambda found, chance: found > 2 * chance),
+        ("reuse_plugin_vision.py", r"accuracy ([\d.]+), by chance ([\d.]+)", lambda x, chance: x > 2 * chance),
         (
             "reuse_plugin_hf.py",
             r"loss ([\d.]+) nats a token, by chance ([\d.]+)",

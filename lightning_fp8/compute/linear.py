@@ -121,8 +121,8 @@ class _How(NamedTuple):
         """An operand, cast or found cast; a training step takes note of its amax."""
         kept = role == "input" or (role == "weight" and self.cache_weights)
         made: Cast = (shared_cast if kept else cast)(x, role, along, self.recipe, self.scales)
-        # Gradients are off in backward: what is cast there for the first time is new.
-        new = torch.is_grad_enabled() or role == "grad_output" or not self.recipe.uses_fp8("forward")
+        # Input and weight are cast again, along 0, for the GEMMs of backward: with the same magnitude as in forward.
+        new = along == 1 or role == "grad_output" or not self.recipe.uses_fp8("forward")
         if self.learning and self.scales is not None and made.amax is not None and new:
             self.scales.observe(role, made.amax)
         return made.quantized

@@ -65,7 +65,7 @@ def steps(folder: str) -> list[int]:
         (
             ["--trainer.strategy", "fsdp"],
             1,
-            "set trainer.strategy to lightning.pytorch.strategies.ModelParallelStrategy",
+            "strategies.ModelParallelStrategy",
         ),
         (["--trainer.strategy", "lightning.pytorch.strategies.FSDPStrategy"], 1, "with its data_parallel_size"),
         (["--trainer.plugins", PLUGIN], 1, "fp8.enabled and a precision plugin in trainer.plugins exclude each other"),
