@@ -51,3 +51,19 @@ def test_fabric_reaches_the_loss_of_the_command_line(work):
 
     resumed = run(*script[:1], "--steps", str(STEPS), "--warmup", "5", "--resume", cwd=work)
     assert float(re.search(r"validation loss ([\d.]+)", resumed)[1]) == fabric  # the checkpoint is the final state
+
+
+@pytest.mark.parametrize(
+    ("example", "pattern", "learnt"),
+    [
+        ("reuse_plugin_vision.py", r"accuracy ([\d.]+), by chance ([\d.]+)", lambda x, chance: x > 2 * chance),
+        (
+            "reuse_plugin_hf.py",
+            r"loss ([\d.]+) nats a token, by chance ([\d.]+)",
+            lambda found, chance: found < 0.7 * chance,
+        ),
+    ],
+)
+def test_the_plugin_trains_other_people_s_models(tmp_path, example, pattern, learnt):
+    printed = run(str(ROOT / "examples" / example), cwd=tmp_path)
+    assert learnt(*map(float, re.search(pattern, printed).groups()))

@@ -14,10 +14,12 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_fp8.callbacks import RunLog
-from lightning_fp8.cli.parsers import FitParser
+from lightning_fp8.cli.parsers import FitParser, reason
 from lightning_fp8.data import TokenDataModule
 from lightning_fp8.models import DecoderLM
 from lightning_fp8.precision import FP8Precision
@@ -56,7 +58,10 @@ def start(cli: type[CLI], argv: list[str], **options: Any) -> CLI:
         "parser_class": FitParser,
         "trainer_defaults": {"default_root_dir": "runs/default"},
     }
-    return cli(DecoderLM, TokenDataModule, **{**defaults, **options})
+    try:
+        return cli(DecoderLM, TokenDataModule, **{**defaults, **options})
+    except ValueError as error:
+        raise ValueError(reason(str(error))) from error
 
 
 class StartRun(SaveConfigCallback):
@@ -99,7 +104,19 @@ class FP8CLI(LightningCLI):
                     " leave trainer.precision out, or set fp8.enabled=false."
                 )
             plugins = trainer_config.get("plugins") or []
-            trainer_config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), plugin]
+            plugins = plugins if isinstance(plugins, list) else [plugins]
+            if any(isinstance(other, Precision) for other in plugins):
+                raise ValueError(
+                    "fp8.enabled and a precision plugin in trainer.plugins exclude each other: leave that plugin out,"
+                    " or set fp8.enabled=false."
+                )
+            if _is_fsdp1(trainer_config.get("strategy")):
+                raise ValueError(
+                    "FSDPStrategy runs with Lightning's own precision plugins only. To shard under FP8, set"
+                    " trainer.strategy to lightning.pytorch.strategies.ModelParallelStrategy, with its"
+                    " data_parallel_size."
+                )
+            trainer_config["plugins"] = [*plugins, plugin]
         folder = trainer_config["default_root_dir"]
         if trainer_config.get("logger") is None:
             if self.subcommand == "fit":
@@ -117,6 +134,10 @@ class FP8CLI(LightningCLI):
         if isinstance(options["recipe"], Namespace):
             options["recipe"] = options["recipe"].as_dict()
         return FP8Precision(**options)
+
+
+def _is_fsdp1(strategy: object) -> bool:
+    return isinstance(strategy, FSDPStrategy) or (isinstance(strategy, str) and strategy.startswith("fsdp"))
 
 
 def _move_earlier_run(folder: Path) -> None:

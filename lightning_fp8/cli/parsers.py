@@ -7,6 +7,24 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser, auto_cli
 from lightning.pytorch.cli import LightningArgumentParser
 
+# What jsonargparse says of a value for each type that it is not meant to be.
+_OF_OTHER_TYPES = (
+    "Import path ",
+    "Not a valid subclass ",
+    "Expected a ",
+    "Does not validate ",
+    "a class path ",
+    "a dict ",
+)
+
+
+def reason(message: str) -> str:
+    """What a class said of its arguments, out of all that jsonargparse prints of the types which it has tried."""
+    if "Union subtypes" not in message:
+        return message
+    said = (line.strip().removeprefix("- ") for line in message.splitlines() if line.strip().startswith("- "))
+    return next((line for line in said if not line.startswith(_OF_OTHER_TYPES)), message)
+
 
 class OneLineErrors(ArgumentParser):
     """An argument parser with short errors."""

@@ -127,8 +127,8 @@ class _How(NamedTuple):
         kept = role == "input" or (role == "weight" and self.cache_weights)
         make = shared_cast if kept else cast
         made = make(x, role, self.recipe, self.scales, rows=rows, columns=columns)
-        # Gradients are off in backward: what is cast there for the first time is new.
-        new = torch.is_grad_enabled() or role == "grad_output" or not self.recipe.uses_fp8("forward")
+        # The weight is cast again for the GEMM of backward: with the same magnitude as in forward.
+        new = rows or role == "grad_output" or not self.recipe.uses_fp8("forward")
         if self.learning and self.scales is not None and made.amax is not None and new:
             self.scales.observe(role, made.amax)
         return Cast(made.rows if rows else None, made.columns if columns else None)

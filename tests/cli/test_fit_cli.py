@@ -11,6 +11,8 @@ import yaml
 from lightning_fp8.cli.main import main
 
 Fit = Callable[..., None]
+PLUGIN = "lightning_fp8.FP8Precision"
+BY_PATH = ["--fp8.enabled", "false", "--trainer.plugins", PLUGIN]
 CONFIG = """
 model:
   config: {vocab_size: 272, hidden_size: 32, num_layers: 1, num_heads: 2, num_kv_heads: 2, intermediate_size: 32}
@@ -58,6 +60,18 @@ def steps(folder: str) -> list[int]:
         (["--config", "missing.yaml"], 2, "missing.yaml"),
         (["--fp8.recipe", "tensorwize"], 1, "Did you mean 'tensorwise'?"),
         (["--fp8.recipe", "{inputt: {format: e5m2}}"], 1, "Did you mean 'input'?"),
+        (["--fp8.recipee", "delayed"], 2, "recipee"),
+        (["--fp8.backend", "native"], 1, "'native' cannot run here"),
+        (
+            ["--trainer.strategy", "fsdp"],
+            1,
+            "strategies.ModelParallelStrategy",
+        ),
+        (["--trainer.strategy", "lightning.pytorch.strategies.FSDPStrategy"], 1, "with its data_parallel_size"),
+        (["--trainer.plugins", PLUGIN], 1, "fp8.enabled and a precision plugin in trainer.plugins exclude each other"),
+        ([*BY_PATH, "--trainer.plugins.recipe", "tensorwize"], 1, "Did you mean 'tensorwise'?"),
+        ([*BY_PATH, "--trainer.plugins.recipe", "{scalling: delayed}"], 1, "Did you mean 'scaling'?"),
+        ([*BY_PATH, "--trainer.plugins.recipee", "delayed"], 2, "recipee"),
         (["--trainer.precision", "bf16-mixed"], 1, "fp8.enabled and trainer.precision=bf16-mixed exclude each other"),
         (["--model.config.vocab_size", "100"], 1, "set model.config.vocab_size to 272 or more"),
         (["--data.path", "nowhere"], 1, "lightning-fp8 prepare"),
@@ -120,8 +134,9 @@ def test_an_evaluation_leaves_the_run_as_it_was(fit: Fit, capsys: pytest.Capture
             7,
         ),
         (["--fp8.enabled", "false"], torch.float32, 0),
+        ([*BY_PATH, "--trainer.plugins.weights", "bf16"], torch.bfloat16, 7),
     ],
-    ids=["preset and field", "nested field", "off"],
+    ids=["preset and field", "nested field", "off", "off, and by class path"],
 )
 def test_fp8_options_reach_the_plugin(options: list[str], dtype: torch.dtype, linears: int, fit: Fit) -> None:
     fit("--trainer.max_steps", "1", "--trainer.limit_val_batches", "0", *options)
