@@ -17,6 +17,8 @@ import lightning_fp8
 PACKAGE = Path(lightning_fp8.__file__).parent
 OURS = "lightning_fp8"
 
+# The decoder and what it consists of. They know each other, and nothing else of ours.
+DECODER_FILES = ("config", "rope", "norm", "masks", "cache", "attention", "loss", "recompute", "decoder", "generate")
 # What a part may import of ours, besides itself. The most specific entry holds; "*" is everything but cli.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "": ("compute", "precision"),
@@ -32,8 +34,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "data": (),
     "models": ("metrics", "optim"),
     "models.config": (),
-    "models.decoder": ("models.config",),
-    "models.generate": ("models.config", "models.decoder"),
+    **dict.fromkeys([f"models.{name}" for name in DECODER_FILES], tuple(f"models.{name}" for name in DECODER_FILES)),
     "models.accounting": ("models.config", "models.decoder"),
     "checkpoint": ("models",),
     "callbacks": ("*",),
@@ -43,9 +44,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 PURE = {
     "numerics": ("torch",),
     "optim": ("torch",),
-    "models.config": ("torch",),
-    "models.decoder": ("torch",),
-    "models.generate": ("torch",),
+    **dict.fromkeys([f"models.{name}" for name in DECODER_FILES], ("torch",)),
     "models.accounting": ("torch",),
     "metrics": ("torch", "torchmetrics"),
 }
