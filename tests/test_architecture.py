@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "models.config": (),
     **dict.fromkeys([f"models.{name}" for name in DECODER_FILES], tuple(f"models.{name}" for name in DECODER_FILES)),
     "models.accounting": ("models.config", "models.decoder"),
-    "checkpoint": ("models",),
+    "checkpoint": ("models", "numerics"),
     "callbacks": ("*",),
     "cli": ("*", "cli"),
 }
@@ -49,7 +49,15 @@ PURE = {
     "metrics": ("torch", "torchmetrics"),
 }
 LIGHTNING = ("lightning", "lightning_utilities", "lightning_fabric", "pytorch_lightning")
-KNOW_LIGHTNING = ("precision", "models.lit", "data.datamodule", "data.prepare", "callbacks", "cli")
+KNOW_LIGHTNING = (
+    "precision",
+    "models.lit",
+    "checkpoint.exchange",
+    "data.datamodule",
+    "data.prepare",
+    "callbacks",
+    "cli",
+)
 IMPORTED_WHERE_USED = ("transformer_engine", "triton", "safetensors", "tokenizers", "matplotlib", "pyarrow")
 CAPABILITIES = ("torch.cuda", "torch.cpu", "torch.accelerator", "torch.backends", "importlib.metadata")
 KNOW_CAPABILITIES = ("hardware", "cli.doctor")
