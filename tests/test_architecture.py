@@ -18,7 +18,19 @@ PACKAGE = Path(lightning_fp8.__file__).parent
 OURS = "lightning_fp8"
 
 # The decoder and what it consists of. They know each other, and nothing else of ours.
-DECODER_FILES = ("config", "rope", "norm", "masks", "cache", "attention", "loss", "recompute", "decoder", "generate")
+DECODER_FILES = (
+    "config",
+    "rope",
+    "norm",
+    "masks",
+    "cache",
+    "attention",
+    "loss",
+    "recompute",
+    "decoder",
+    "sampling",
+    "generate",
+)
 # What a part may import of ours, besides itself. The most specific entry holds; "*" is everything but cli.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "": ("compute", "precision"),
@@ -35,6 +47,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "models": ("metrics", "optim"),
     "models.config": (),
     **dict.fromkeys([f"models.{name}" for name in DECODER_FILES], tuple(f"models.{name}" for name in DECODER_FILES)),
+    "models.fp8_store": ("models.cache", "numerics"),
+    "models.text_stream": (),
     "models.accounting": ("models.config", "models.decoder"),
     "checkpoint": ("models", "numerics"),
     "callbacks": ("*",),

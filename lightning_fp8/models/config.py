@@ -4,9 +4,15 @@ The fields span the dense families of Llama 2 and 3, Qwen 2.5 and 3 and Mistral:
 (`configs/model/` has them), and no code asks which family it is.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
+
+# The fields on which the names and shapes of the weights depend; the others change what is computed from them.
+SHAPING = (
+    *("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size", "head_dim"),
+    *("qk_norm", "tied_embeddings", "qkv_bias", "o_bias", "mlp_bias"),
+)
 
 RopeKind = Literal["linear", "ntk", "yarn", "llama3"]
 
@@ -157,11 +163,11 @@ def config_from_dict(saved: Mapping[str, Any]) -> DecoderConfig:
     return DecoderConfig(**{**saved, "rope_scaling": RopeScaling(**scaling) if scaling else None})
 
 
-def differences(saved: Mapping[str, Any], own: DecoderConfig) -> list[str]:
-    """In words, where a saved configuration and `own` describe different models."""
+def differences(saved: Mapping[str, Any], own: DecoderConfig, among: Collection[str] | None = None) -> list[str]:
+    """In words, where a saved configuration and `own` differ in the fields `among`, by default all."""
     here, there = asdict(own), {**asdict(DecoderConfig()), **saved}
     return [
         f"{name} is {here.get(name, 'missing')} here and {value} there"
         for name, value in there.items()
-        if name not in here or here[name] != value
+        if (among is None or name in among) and (name not in here or here[name] != value)
     ]

@@ -6,7 +6,6 @@ of a checkpoint override, silently, what is written in YAML.
 """
 
 import pickle
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from lightning_fp8.metrics import BitsPerByte, Perplexity
-from lightning_fp8.models.config import DecoderConfig, config_from_dict, differences
+from lightning_fp8.models.config import SHAPING, DecoderConfig, config_from_dict, differences
 from lightning_fp8.models.decoder import Decoder
 from lightning_fp8.models.loss import CHUNK_LOGITS
 from lightning_fp8.models.masks import documents
@@ -72,7 +71,7 @@ class DecoderLM(LightningModule):
             self.decoder = Decoder(self.config, activation_checkpointing=self.activation_checkpointing)
             if self.initial_weights and not self.decoder.embedding.weight.is_meta:
                 saved, weights = load_weights(self.initial_weights)
-                _refuse_another(saved, self.config, self.initial_weights)
+                _refuse(differences(saved, self.config, SHAPING), self.initial_weights)
                 self.decoder.load_state_dict(weights)
 
     def setup(self, stage: str) -> None:
@@ -178,11 +177,11 @@ class DecoderLM(LightningModule):
             ValueError: They differ; all differences are named.
         """
         if _CONFIG_KEY in checkpoint:
-            _refuse_another(checkpoint[_CONFIG_KEY], self.config, "The checkpoint")
+            _refuse(differences(checkpoint[_CONFIG_KEY], self.config), "The checkpoint")
 
 
-def _refuse_another(saved: Mapping[str, Any], own: DecoderConfig, whose: str) -> None:
-    if found := differences(saved, own):
+def _refuse(found: list[str], whose: str) -> None:
+    if found:
         raise ValueError(f"{whose} is of another model: {'; '.join(found)}.")
 
 

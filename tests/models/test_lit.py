@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from lightning_fp8 import FP8Precision
 from lightning_fp8.models import Decoder, DecoderConfig, DecoderLM
+from lightning_fp8.models.config import RopeScaling
 from lightning_fp8.models.lit import load_decoder
 from lightning_fp8.optim import FP8AdamW, WarmupCosine
 
@@ -185,6 +186,8 @@ def test_training_can_begin_with_given_weights(checkpoint: tuple[DecoderLM, Path
     model.configure_model()
     for name, weight in model.decoder.state_dict().items():
         assert torch.equal(weight, trained.decoder.state_dict()[name].float()), name
+    longer = replace(SHAPE, rope_scaling=RopeScaling("linear", 4.0), context_length=512)  # of the same weights
+    DecoderLM(longer, initial_weights=str(path)).configure_model()
     with pytest.raises(ValueError, match=r"last\.ckpt is of another model: num_layers is 5 here and 1 there"):
         DecoderLM(replace(SHAPE, num_layers=5), initial_weights=str(path)).configure_model()
 
