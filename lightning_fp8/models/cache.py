@@ -132,12 +132,11 @@ class KVCache:
                 f"KVCache: {length} tokens after {self._used} do not fit into {self.capacity} slots; raise capacity, or"
                 " give one token at a time."
             )
-        step_t = torch.arange(length, device=self._read_b.device)
-        text_bt = self._read_b[:, None] + step_t
+        text_bt = self._read_b[:, None] + torch.arange(length, device=self._read_b.device)
         ring = self.sinks + (text_bt - self.sinks) % (self.capacity - self.sinks)
         self._slot_bt = torch.where(text_bt < self.capacity, text_bt, ring)
-        is_token_bt = step_t < (length if lengths_b is None else lengths_b[:, None])
-        write_slots(self._held_bc, self._slot_bt, torch.where(is_token_bt, text_bt, -1))
+        # Padding takes slots too, at positions that no token sees before a token takes the slot over.
+        write_slots(self._held_bc, self._slot_bt, text_bt)
         self._read_b = self._read_b + (length if lengths_b is None else lengths_b)
         self._used = min(self.capacity, self._used + length)
         held_bc = self._held_bc[:, : self._used]

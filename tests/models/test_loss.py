@@ -51,7 +51,7 @@ def test_chunks_change_neither_loss_nor_gradients(kind: str, bias: bool) -> None
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_in_bf16_the_loss_is_that_of_bf16_logits_and_stays_fp32(kind: str, autocast: bool) -> None:
-    """Gradients of the weight are summed over five chunks, so they are rounded to bf16 five times."""
+    """The gradient of the weight is rounded to bf16 ten times: five products, four sums, and once in the other."""
     x, head, targets = problem(torch.float32 if autocast else torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         expected = results(plain(x, head, targets), x, head)
@@ -61,7 +61,7 @@ def test_in_bf16_the_loss_is_that_of_bf16_logits_and_stays_fp32(kind: str, autoc
     assert own[0].item() == pytest.approx(expected[0].item(), rel=1e-6)
     for a, b in zip(own[1:], expected[1:], strict=True):
         assert a.dtype == b.dtype
-        assert (a - b).abs().max() <= 5 * 2**-9 * b.abs().max()
+        assert (a - b).abs().max() <= 10 * 2**-9 * b.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
