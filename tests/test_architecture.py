@@ -17,6 +17,20 @@ import lightning_fp8
 PACKAGE = Path(lightning_fp8.__file__).parent
 OURS = "lightning_fp8"
 
+# The decoder and what it consists of. They know each other, and nothing else of ours.
+DECODER_FILES = (
+    "config",
+    "rope",
+    "norm",
+    "masks",
+    "cache",
+    "attention",
+    "loss",
+    "recompute",
+    "decoder",
+    "sampling",
+    "generate",
+)
 # What a part may import of ours, besides itself. The most specific entry holds; "*" is everything but cli.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "": ("compute", "precision"),
@@ -33,10 +47,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "data": (),
     "models": ("metrics", "optim"),
     "models.config": (),
-    "models.decoder": ("models.config",),
-    "models.generate": ("models.config", "models.decoder"),
+    **dict.fromkeys([f"models.{name}" for name in DECODER_FILES], tuple(f"models.{name}" for name in DECODER_FILES)),
+    "models.fp8_store": ("models.cache", "numerics"),
+    "models.text_stream": (),
     "models.accounting": ("models.config", "models.decoder"),
-    "checkpoint": ("models",),
+    "checkpoint": ("models", "numerics"),
     "callbacks": ("*",),
     "cli": ("*", "cli"),
 }
@@ -44,14 +59,21 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 PURE = {
     "numerics": ("torch",),
     "optim": ("torch",),
-    "models.config": ("torch",),
-    "models.decoder": ("torch",),
-    "models.generate": ("torch",),
+    **dict.fromkeys([f"models.{name}" for name in DECODER_FILES], ("torch",)),
     "models.accounting": ("torch",),
     "metrics": ("torch", "torchmetrics"),
 }
 LIGHTNING = ("lightning", "lightning_utilities", "lightning_fabric", "pytorch_lightning")
-KNOW_LIGHTNING = ("precision", "checks", "models.lit", "data.datamodule", "data.prepare", "callbacks", "cli")
+KNOW_LIGHTNING = (
+    "precision",
+    "checks",
+    "models.lit",
+    "checkpoint.exchange",
+    "data.datamodule",
+    "data.prepare",
+    "callbacks",
+    "cli",
+)
 # Triton's kernels are written at the top of files that import it, which so count as Triton themselves.
 NEED_TRITON = f"{OURS}.kernels.triton"
 IMPORTED_WHERE_USED = (

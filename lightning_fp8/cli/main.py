@@ -16,6 +16,8 @@ VERBS = {
     "predict": ("lightning_fp8.cli.fit", "log-likelihood of every token of held-out text"),
     "prepare": ("lightning_fp8.cli.prepare", "turn text files into token chunks"),
     "generate": ("lightning_fp8.cli.generate", "continue a text from a checkpoint"),
+    "import": ("lightning_fp8.cli.exchange", "turn a Hugging Face model into a checkpoint"),
+    "export": ("lightning_fp8.cli.exchange", "write a checkpoint as a Hugging Face model"),
     "plan": ("lightning_fp8.cli.plan", "which layers of a configuration run in FP8, and what that gains"),
     "estimate": ("lightning_fp8.cli.estimate", "memory of weights, gradients and optimizer state"),
     "doctor": ("lightning_fp8.cli.doctor", "check this machine and what is installed on it"),

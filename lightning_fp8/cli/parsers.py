@@ -41,7 +41,13 @@ class FitParser(OneLineErrors, LightningArgumentParser):
     """The parser of LightningCLI with short errors."""
 
 
-def call_from_command_line(function: Callable[..., Any], args: list[str]) -> None:
-    """Calls `function` with the options in `args`, the verb first; `-c` and `--config` read them from YAML."""
+def call_from_command_line(function: Callable[..., Any], args: list[str], *, positional: bool = False) -> None:
+    """Calls `function` with the options in `args`, the verb first; `-c` and `--config` read them from YAML.
+
+    Args:
+        function: Its parameters are the options.
+        args: The command line.
+        positional: Parameters without a default are given by their place, not by name.
+    """
     verb, *options = ("--config" if arg == "-c" else arg for arg in args)  # as LightningCLI has it
-    auto_cli(function, args=options, prog=f"lightning-fp8 {verb}", as_positional=False, parser_class=OneLineErrors)
+    auto_cli(function, args=options, prog=f"lightning-fp8 {verb}", as_positional=positional, parser_class=OneLineErrors)

@@ -46,6 +46,9 @@ class FlopCounter(TorchDispatchMode):
             backward = "backward" in name  # of (dy, q, k, v), and not of (q, k, v)
             formula = sdpa_backward_flop_count if backward else sdpa_flop_count
             self.flops += formula(*shapes[: 4 if backward else 3])
+        elif name == "_linear_cross_entropy_batch_chunked":  # of (x, weight, …, whether three gradients are wanted)
+            wanted_dx, wanted_dw, _ = args[-3:]
+            self.flops += 2 * args[0].shape[0] * args[1].numel() * (1 + wanted_dx + wanted_dw)
         elif func.overloadpacket in flop_registry:
             self.flops += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
         return out

@@ -1,6 +1,60 @@
-"""The shape of a decoder, as data."""
+"""The shape of a decoder, as data.
 
-from dataclasses import dataclass
+The fields span the dense families of Llama 2 and 3, Qwen 2.5 and 3 and Mistral: each of these is a choice of values
+(`configs/model/` has them), and no code asks which family it is.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+# The fields on which the names and shapes of the weights depend; the others change what is computed from them.
+SHAPING = (
+    *("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size", "head_dim"),
+    *("qk_norm", "tied_embeddings", "qkv_bias", "o_bias", "mlp_bias"),
+)
+
+RopeKind = Literal["linear", "ntk", "yarn", "llama3"]
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies change for texts longer than a model was first trained on; formulas are in `rope.py`.
+
+    Attributes:
+        kind: "linear" divides all frequencies by `factor` (position interpolation); "ntk" raises the base, so that
+            the highest frequency stays and the lowest is divided; "yarn" and "llama3" divide frequencies that turn
+            few times in `original_context` and keep those that turn often.
+        factor: New context over old.
+        original_context: Positions of the first training; for "yarn" and "llama3".
+        low_freq_factor: Turns in `original_context` below which "llama3" divides.
+        high_freq_factor: Turns above which "llama3" keeps.
+        beta_slow: Turns below which "yarn" divides.
+        beta_fast: Turns above which "yarn" keeps.
+        attention_factor: What "yarn" multiplies queries and keys with; None is 0.1 ln(factor) + 1.
+    """
+
+    kind: RopeKind
+    factor: float
+    original_context: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_slow: float = 1.0
+    beta_fast: float = 32.0
+    attention_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("linear", "ntk", "yarn", "llama3"):
+            raise ValueError(f"RopeScaling.kind {self.kind!r} is not one of linear, ntk, yarn, llama3.")
+        if self.factor < 1:
+            raise ValueError(f"RopeScaling.factor is {self.factor}; it must be at least 1.")
+        if self.kind in ("yarn", "llama3") and not self.original_context:
+            raise ValueError(f"RopeScaling: {self.kind} needs original_context, the positions first trained on.")
+        for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+            if not 0 < getattr(self, low) < getattr(self, high):
+                raise ValueError(
+                    f"RopeScaling: {low} {getattr(self, low)} and {high} {getattr(self, high)} must rise from above 0."
+                )
 
 
 @dataclass(frozen=True)
@@ -20,6 +74,17 @@ class DecoderConfig:
         tied_embeddings: The head shares the embedding's weight.
         init_std: Standard deviation of the initial weights; that of the two projections into the residual stream is
             divided by sqrt(2 * num_layers).
+        head_dim: Width of one head; None is `hidden_size` / `num_heads`.
+        qkv_bias: Query, key and value projections have biases.
+        o_bias: The attention's output projection has one.
+        mlp_bias: The MLP's projections have biases.
+        rope_scaling: For texts longer than the first training's; None is none.
+        sliding_window: Each position sees itself and the `sliding_window` - 1 before it; None is all before it.
+        num_full_attention_layers: So many first blocks see everything, whatever `sliding_window` is.
+        attention_softcap: Attention scores s become c tanh(s / c); None is none.
+        logit_softcap: The same of the logits.
+        context_length: Positions that the model is meant for. A record, exported as `max_position_embeddings`;
+            nothing here is bound by it.
     """
 
     vocab_size: int = 2048
@@ -33,6 +98,16 @@ class DecoderConfig:
     qk_norm: bool = True
     tied_embeddings: bool = False
     init_std: float = 0.02
+    head_dim: int | None = None
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None
+    num_full_attention_layers: int = 0
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    context_length: int = 2048
 
     def __post_init__(self) -> None:
         for name in (
@@ -42,14 +117,24 @@ class DecoderConfig:
             "num_heads",
             "num_kv_heads",
             "intermediate_size",
+            "head_dim",
+            "sliding_window",
+            "context_length",
         ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"DecoderConfig.{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.hidden_size % (2 * self.num_heads):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"DecoderConfig.{name} is {value}; it must be at least 1.")
+        for name in ("attention_softcap", "logit_softcap"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"DecoderConfig.{name} is {value}; it must be above 0, or null for none.")
+        if self.head_dim is None and self.hidden_size % (2 * self.num_heads):
             raise ValueError(
                 f"DecoderConfig: hidden_size {self.hidden_size} does not divide into {self.num_heads} heads of even"
-                " width; change num_heads or hidden_size."
+                " width; change num_heads or hidden_size, or set head_dim."
             )
+        if self.head_size % 2:
+            raise ValueError(f"DecoderConfig.head_dim is {self.head_dim}; rotary positions need an even width.")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"DecoderConfig: num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}."
@@ -58,4 +143,31 @@ class DecoderConfig:
     @property
     def head_size(self) -> int:
         """Width of one head."""
-        return self.hidden_size // self.num_heads
+        return self.head_dim or self.hidden_size // self.num_heads
+
+    def window_of(self, layer: int) -> int | None:
+        """The sliding window of block `layer`, counted from 0; None if it sees everything."""
+        return self.sliding_window if layer >= self.num_full_attention_layers else None
+
+
+def config_from_dict(saved: Mapping[str, Any]) -> DecoderConfig:
+    """The inverse of `dataclasses.asdict`; fields that an older version did not save take their defaults.
+
+    Raises:
+        ValueError: There are fields that this version does not know.
+    """
+    unknown = sorted(set(saved) - {field.name for field in fields(DecoderConfig)})
+    if unknown:
+        raise ValueError(f"A decoder's configuration has fields unknown to this version: {', '.join(unknown)}.")
+    scaling = saved.get("rope_scaling")
+    return DecoderConfig(**{**saved, "rope_scaling": RopeScaling(**scaling) if scaling else None})
+
+
+def differences(saved: Mapping[str, Any], own: DecoderConfig, among: Collection[str] | None = None) -> list[str]:
+    """In words, where a saved configuration and `own` differ in the fields `among`, by default all."""
+    here, there = asdict(own), {**asdict(DecoderConfig()), **saved}
+    return [
+        f"{name} is {here.get(name, 'missing')} here and {value} there"
+        for name, value in there.items()
+        if (among is None or name in among) and (name not in here or here[name] != value)
+    ]

@@ -18,8 +18,11 @@ from torch.optim import Optimizer
 
 from lightning_fp8.metrics import BitsPerByte, Perplexity
 from lightning_fp8.models.accounting import flops_per_token
-from lightning_fp8.models.config import DecoderConfig
+from lightning_fp8.models.config import SHAPING, DecoderConfig, config_from_dict, differences
 from lightning_fp8.models.decoder import Decoder
+from lightning_fp8.models.loss import CHUNK_LOGITS
+from lightning_fp8.models.masks import documents
+from lightning_fp8.models.recompute import Recompute
 from lightning_fp8.optim import (
     FP8AdamW,
     GradientRelease,
@@ -44,6 +47,12 @@ class DecoderLM(LightningModule):
         schedule: Of the learning rate, stepped once per optimizer step.
         gradient_release: Step each parameter in backward and free its gradient: 2 bytes a parameter less. Needs an
             optimizer that can, such as `FP8AdamW`; excludes gradient clipping, accumulation and DDP.
+        initial_weights: A checkpoint, of `lightning-fp8 import` or of a run, whose weights to begin with. A resumed
+            run has its own.
+        activation_checkpointing: What backward computes again instead of keeping it: nothing; what is cheap
+            ("selective"); whole blocks ("full").
+        end_of_text: The token id that ends a document; attention then stays within documents. None: it sees the
+            whole sequence, documents before included.
     """
 
     def __init__(
@@ -52,9 +61,15 @@ class DecoderLM(LightningModule):
         optimizer: OptimizerCallable = FP8AdamW,
         schedule: Schedule | None = None,
         gradient_release: bool = False,
+        initial_weights: str | None = None,
+        activation_checkpointing: Recompute = "none",
+        end_of_text: int | None = None,
     ) -> None:
         super().__init__()
         self.config = config
+        self.initial_weights = initial_weights
+        self.activation_checkpointing: Recompute = activation_checkpointing
+        self.end_of_text = end_of_text
         self.optimizer = optimizer
         self.schedule = schedule or WarmupCosine()
         self.gradient_release = gradient_release
@@ -66,7 +81,11 @@ class DecoderLM(LightningModule):
     def configure_model(self) -> None:
         """Builds the decoder; Lightning calls it in the plugin's and the strategy's contexts."""
         if self.decoder is None:
-            self.decoder = Decoder(self.config)
+            self.decoder = Decoder(self.config, activation_checkpointing=self.activation_checkpointing)
+            if self.initial_weights and not self.decoder.embedding.weight.is_meta:
+                saved, weights = load_weights(self.initial_weights)
+                _refuse(differences(saved, self.config, SHAPING), self.initial_weights)
+                self.decoder.load_state_dict(weights)
 
     def setup(self, stage: str) -> None:
         """Checks the model against the data and takes the bytes a token from it.
@@ -84,13 +103,14 @@ class DecoderLM(LightningModule):
             )
         self.bits_per_byte = BitsPerByte(data.token_bytes())
 
-    def forward(self, tokens_bt: Tensor) -> Tensor:
-        """Logits [B, T, V] of the next token."""
+    def forward(self, tokens_bt: Tensor, targets_bt: Tensor | None = None) -> Tensor:
+        """Logits [B, T, V] of the next token or, where targets are given, the mean loss."""
         if self.decoder is None:
             self.configure_model()
         decoder: Any = self.decoder
-        logits_btv: Tensor = decoder(tokens_bt)
-        return logits_btv
+        documents_bt = None if self.end_of_text is None else documents(tokens_bt, self.end_of_text)
+        out: Tensor = decoder(tokens_bt, targets_bt, documents_bt=documents_bt)
+        return out
 
     def flops_per_token(self, length: int) -> int:
         """Model FLOPs of one token of a training step on sequences of `length`; `Throughput` takes MFU from them."""
@@ -98,8 +118,7 @@ class DecoderLM(LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """The mean cross-entropy, in nats a token, of a batch [B, T + 1]."""
-        logits_btv = self(batch[:, :-1])
-        loss = F.cross_entropy(logits_btv.flatten(0, 1).float(), batch[:, 1:].flatten())
+        loss: Tensor = self(batch[:, :-1], batch[:, 1:])
         self.log("train/loss", loss, prog_bar=True)
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"], prog_bar=True)
         return loss
@@ -119,9 +138,11 @@ class DecoderLM(LightningModule):
 
     def _evaluate(self, batch: Tensor, stage: str) -> None:
         logits_btv, targets_bt = self(batch[:, :-1]), batch[:, 1:]
-        self.perplexity.update(logits_btv, targets_bt)
-        if self.bits_per_byte is not None:
-            self.bits_per_byte.update(logits_btv, targets_bt)
+        rows = max(1, CHUNK_LOGITS // logits_btv[0].numel())  # the metrics make fp32 of what they are given
+        for logits, targets in zip(logits_btv.split(rows), targets_bt.split(rows), strict=True):
+            self.perplexity.update(logits, targets)
+            if self.bits_per_byte is not None:
+                self.bits_per_byte.update(logits, targets)
 
     def on_validation_epoch_end(self) -> None:
         """Logs and resets the metrics."""
@@ -185,33 +206,49 @@ class DecoderLM(LightningModule):
         Raises:
             ValueError: They differ; all differences are named.
         """
-        saved, own = checkpoint.get(_CONFIG_KEY, {}), asdict(self.config)
-        differences = [
-            f"{name} is {own.get(name, 'missing')} here and {value} there"
-            for name, value in saved.items()
-            if name not in own or own[name] != value
-        ]
-        if differences:
-            raise ValueError(f"The checkpoint is of another model: {'; '.join(differences)}.")
+        if _CONFIG_KEY in checkpoint:
+            _refuse(differences(checkpoint[_CONFIG_KEY], self.config), "The checkpoint")
 
 
-def load_decoder(path: str) -> Decoder:
-    """The decoder of a `DecoderLM` checkpoint, on the CPU, in the dtype its weights were saved in.
+def _refuse(found: list[str], whose: str) -> None:
+    if found:
+        raise ValueError(f"{whose} is of another model: {'; '.join(found)}.")
+
+
+def load_weights(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The decoder's configuration and weights in a `DecoderLM` checkpoint, read from the file as they are used.
 
     Args:
-        path: A checkpoint file that the Trainer wrote.
+        path: A checkpoint file that the Trainer, or `lightning-fp8 import`, wrote.
 
     Raises:
         ValueError: It is not such a checkpoint.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, EOFError, LookupError, RuntimeError) as error:  # as the bytes happen to mislead it
         raise ValueError(f"{path} is no DecoderLM checkpoint: torch.load cannot read it.") from error
     if _CONFIG_KEY not in checkpoint:
         raise ValueError(f"{path} is no DecoderLM checkpoint: it has no {_CONFIG_KEY!r}.")
     prefix = "decoder."
     weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-    decoder = Decoder(DecoderConfig(**checkpoint[_CONFIG_KEY])).to(weights["norm.weight"].dtype)
+    return checkpoint[_CONFIG_KEY], weights
+
+
+def load_decoder(path: str) -> Decoder:
+    """The decoder of a `DecoderLM` checkpoint, on the CPU, in the dtype its weights were saved in.
+
+    Args:
+        path: A checkpoint file that the Trainer, or `lightning-fp8 import`, wrote.
+
+    Raises:
+        ValueError: It is not such a checkpoint.
+    """
+    saved, weights = load_weights(path)
+    with torch.device("meta"):
+        decoder = Decoder(config_from_dict(saved))
+    decoder.to(weights["norm.weight"].dtype).to_empty(device="cpu")
+    if decoder.config.tied_embeddings:
+        decoder.lm_head.weight = decoder.embedding.weight
     decoder.load_state_dict(weights)
     return decoder

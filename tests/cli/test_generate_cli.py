@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -55,8 +56,32 @@ def test_characters_are_not_cut_into_bytes(
     words = Tokenizer.from_file(str(checkpoint.parent.parent / "tokenizer.json"))
     tokens = words.encode(" é€").ids
     assert len(tokens) > 3
-    monkeypatch.setattr("lightning_fp8.cli.generate.generate", lambda *_, **__: iter(tokens))
+    monkeypatch.setattr("lightning_fp8.cli.generate.generate_batch", lambda *_, **__: ([token] for token in tokens))
     assert shown(capsys, checkpoint) == f"{PROMPT} é€\n"
+
+
+def test_several_prompts_are_continued_as_each_alone(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    greedy = ["--temperature", "0", "--max_new_tokens", "9"]
+    alone = []
+    for prompt in ("abc def", "h"):
+        main(["generate", "--ckpt", str(checkpoint), "--prompt", prompt, *greedy])
+        alone.append(capsys.readouterr().out)
+    main(["generate", "--ckpt", str(checkpoint), "--prompt", '["abc def", "h"]', *greedy])
+    assert capsys.readouterr().out == "".join(f"{text}\n" for text in alone)
+
+
+def test_stop_strings_end_the_text(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    greedy = ["--temperature", "0", "--max_new_tokens", "12"]
+    new = shown(capsys, checkpoint, *greedy)[len(PROMPT) : -1]
+    stop = new[4:6]
+    place = new.find(stop)
+    for given in (stop, json.dumps(["never comes", stop])):
+        assert shown(capsys, checkpoint, *greedy, "--stop", given) == PROMPT + new[:place] + "\n"
+
+
+@pytest.mark.parametrize("options", [["--cache", "fp8"], ["--window", "6", "--sinks", "2"], ["--top_p", "0.1"]])
+def test_further_options_are_taken(options: list[str], checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert shown(capsys, checkpoint, *options).startswith(PROMPT)
 
 
 @pytest.mark.parametrize(

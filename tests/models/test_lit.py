@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from lightning_fp8 import FP8Precision
 from lightning_fp8.models import Decoder, DecoderConfig, DecoderLM
+from lightning_fp8.models.config import RopeScaling
 from lightning_fp8.models.lit import load_decoder
 from lightning_fp8.optim import FP8AdamW, WarmupCosine
 
@@ -198,3 +199,34 @@ def test_gradients_that_are_released_cannot_be_clipped_or_accumulated(options: d
     model.gradient_release = True
     with pytest.raises(ValueError, match=next(iter(options))):
         trainer_of(max_steps=2, **options).fit(model, loader())
+
+
+def test_training_can_begin_with_given_weights(checkpoint: tuple[DecoderLM, Path]) -> None:
+    trained, path = checkpoint
+    model = DecoderLM(SHAPE, initial_weights=str(path))
+    model.configure_model()
+    for name, weight in model.decoder.state_dict().items():
+        assert torch.equal(weight, trained.decoder.state_dict()[name].float()), name
+    longer = replace(SHAPE, rope_scaling=RopeScaling("linear", 4.0), context_length=512)  # of the same weights
+    DecoderLM(longer, initial_weights=str(path)).configure_model()
+    with pytest.raises(ValueError, match=r"last\.ckpt is of another model: num_layers is 5 here and 1 there"):
+        DecoderLM(replace(SHAPE, num_layers=5), initial_weights=str(path)).configure_model()
+
+
+def test_activation_checkpointing_changes_memory_alone() -> None:
+    states = []
+    for how in ("none", "full"):
+        torch.manual_seed(0)
+        model = DecoderLM(SHAPE, lambda params: FP8AdamW(params, lr=LR), activation_checkpointing=how)
+        trainer_of("fp8, bf16 weights", max_steps=3).fit(model, loader())
+        assert model.decoder.activation_checkpointing == how
+        states.append(model.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_documents_do_not_see_each_other() -> None:
+    torch.manual_seed(0)
+    model, sequence = DecoderLM(SHAPE, end_of_text=0), BATCH[:1].clone()
+    sequence[0, 5] = 0
+    packed, alone = model(sequence), model(sequence[:, 6:])
+    torch.testing.assert_close(packed[:, 6:], alone, rtol=1e-4, atol=1e-5)

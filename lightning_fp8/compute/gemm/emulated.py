@@ -26,12 +26,13 @@ def emulated_gemm(
     dtype = hardware.emulation_dtype(device)
     with torch.autocast(device, enabled=False):
         if a.tile is None:
-            product = (decode(a.codes, dtype) @ decode(b.codes, dtype)).float().mul_(a.scale * b.scale)
+            # Not in place: selective activation checkpointing keeps what GEMMs return.
+            product = (decode(a.codes, dtype) @ decode(b.codes, dtype)).float() * (a.scale * b.scale)
         elif dtype is torch.float32 or a.tile == (1, 32):
             product = (dequantize(a, dtype) @ dequantize(b, dtype)).float()
         else:
             product = _block_by_block(a, b, dtype)
-    return (product if bias is None else product.add_(bias.float())).to(out_dtype)
+    return (product if bias is None else product + bias.float()).to(out_dtype)
 
 
 def _block_by_block(a: Quantized, b: Quantized, dtype: torch.dtype) -> Tensor:

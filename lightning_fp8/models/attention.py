@@ -1,0 +1,125 @@
+"""Causal grouped-query attention: rotary positions, sliding windows, documents, soft-caps, a key/value cache.
+
+What the tokens of a call have in common, their rotations and what each of them sees, is worked out once for all layers:
+the `Sight`.
+
+Suffixes of tensor names:  b batch, t position, u position that is seen, d hidden, h query head, k key/value head,
+s head width.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_fp8.models.cache import KVCache
+from lightning_fp8.models.config import DecoderConfig
+from lightning_fp8.models.masks import causal_mask
+from lightning_fp8.models.norm import RMSNorm
+from lightning_fp8.models.rope import rotary_tables, rotate
+
+Tables = tuple[Tensor, Tensor]
+
+
+class Sight(NamedTuple):
+    """Where the tokens of a call stand, and what each of them sees.
+
+    Attributes:
+        queries: Cosines and sines of the tokens' rotations.
+        keys: Those of what they look at.
+        masks: For each sliding window that occurs among the layers (None: no window), the mask; None is causal.
+        cache: Holds what was read before.
+    """
+
+    queries: Tables
+    keys: Tables
+    masks: dict[int | None, Tensor | None]
+    cache: KVCache | None = None
+
+
+def sight_of_text(length: int, config: DecoderConfig, documents_bt: Tensor | None, device: torch.device) -> Sight:
+    """The sight of tokens [B, `length`] that begin a text; see `masks` for the documents [B, T]."""
+    tables = rotary_tables(torch.arange(length, device=device), config)
+    masks = {window: causal_mask(length, window, documents_bt, device) for window in _windows(config)}
+    return Sight(tables, tables, masks)
+
+
+def sight_of_cache(length: int, config: DecoderConfig, lengths_b: Tensor | None, cache: KVCache) -> Sight:
+    """The sight of `length` new tokens a row, of which `lengths_b` [B] are no padding, after those in `cache`."""
+    query_bt, key_bu, seen_btu = cache.place(length, lengths_b)
+    distance_btu = query_bt[..., None] - key_bu[:, None]
+    masks: dict[int | None, Tensor | None] = {
+        window: (seen_btu if window is None else seen_btu & (distance_btu < window))[:, None]
+        for window in _windows(config)
+    }
+    queries, keys = (rotary_tables(positions[:, None], config) for positions in (query_bt, key_bu))
+    return Sight(queries, keys, masks, cache)
+
+
+def _windows(config: DecoderConfig) -> set[int | None]:
+    return {config.window_of(layer) for layer in range(config.num_layers)}
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary positions and, by default, normalised queries and keys."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.window = layer, config.window_of(layer)
+        self.head_size, self.softcap = config.head_size, config.attention_softcap
+        self.grouped = config.num_kv_heads != config.num_heads
+        q_size, kv_size = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.o_bias)
+        self.q_norm = RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x_btd: Tensor, sight: Sight) -> Tensor:
+        """The attention's contribution to the residual stream."""
+        q_bhts = self.q_norm(self._heads(self.q_proj(x_btd)))
+        k_bkus = self.k_norm(self._heads(self.k_proj(x_btd)))
+        v_bkus = self._heads(self.v_proj(x_btd))
+        if sight.cache is not None:
+            k_bkus, v_bkus = sight.cache.update(self.layer, k_bkus, v_bkus)
+        q_bhts, k_bkus = rotate(q_bhts, *sight.queries), rotate(k_bkus, *sight.keys)
+        if x_btd.is_cpu:
+            # Torch's backward of bf16 attention takes five to seven times as long as that of fp32 on CPUs without
+            # matrix units (measured at T = 128 and 256).
+            q_bhts, k_bkus, v_bkus = q_bhts.float(), k_bkus.float(), v_bkus.float()
+        y_bhts = self._attend(q_bhts, k_bkus, v_bkus, sight.masks[self.window])
+        y_btd: Tensor = self.o_proj(y_bhts.transpose(1, 2).flatten(2).to(x_btd.dtype))
+        return y_btd
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], -1, self.head_size).transpose(1, 2)
+
+    def _attend(self, q_bhts: Tensor, k_bkus: Tensor, v_bkus: Tensor, mask: Tensor | None) -> Tensor:
+        if self.softcap is not None:
+            return soft_capped_attention(q_bhts, k_bkus, v_bkus, mask, self.softcap)
+        return F.scaled_dot_product_attention(
+            q_bhts, k_bkus, v_bkus, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped
+        )
+
+
+def soft_capped_attention(
+    q_bhts: Tensor, k_bkus: Tensor, v_bkus: Tensor, mask: Tensor | None, softcap: float
+) -> Tensor:
+    """Attention whose scores s become c tanh(s / c), in fp32; torch's fused kernels know no such step.
+
+    Holds the scores [B, H, T, U] of a layer.
+    """
+    groups = q_bhts.shape[1] // k_bkus.shape[1]
+    k_bhus, v_bhus = k_bkus.repeat_interleave(groups, 1), v_bkus.repeat_interleave(groups, 1)
+    scores_bhtu = (q_bhts @ k_bhus.transpose(2, 3)).float() / q_bhts.shape[-1] ** 0.5
+    if mask is None:
+        mask = torch.ones(scores_bhtu.shape[-2:], dtype=torch.bool, device=q_bhts.device).tril()
+    scores_bhtu = soft_cap(scores_bhtu, softcap).masked_fill(~mask, float("-inf"))
+    return scores_bhtu.softmax(-1).to(v_bhus.dtype) @ v_bhus
+
+
+def soft_cap(x: Tensor, cap: float | None) -> Tensor:
+    """C tanh(x / c), which stays within c; `x` itself if there is no cap."""
+    return x if cap is None else cap * (x / cap).tanh()

@@ -1,0 +1,299 @@
+"""Checkpoints out to Hugging Face's layout and back."""
+
+import json
+import weakref
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_fp8.checkpoint import exchange, export_checkpoint, import_checkpoint
+from lightning_fp8.checkpoint.weights import Weights, open_ours, write_shards
+from lightning_fp8.cli.main import main
+from lightning_fp8.models import Decoder, DecoderConfig
+from lightning_fp8.models.lit import load_decoder
+
+SHAPE = DecoderConfig(
+    vocab_size=272, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=96, context_length=64
+)
+SHAPES = {
+    "qwen 3": SHAPE,
+    "qwen 2.5, tied": replace(SHAPE, qk_norm=False, qkv_bias=True, tied_embeddings=True),
+    "mistral": replace(SHAPE, qk_norm=False, sliding_window=8),
+    "llama": replace(SHAPE, qk_norm=False, num_kv_heads=4),
+}
+TOKENS = torch.randint(SHAPE.vocab_size, (2, 33), generator=torch.Generator().manual_seed(0))
+IDS = {"ids": list(SHAPES)}
+
+
+def save(config: DecoderConfig, path: Path, dtype: torch.dtype = torch.bfloat16) -> Decoder:
+    """A run's folder with a random decoder in it."""
+    torch.manual_seed(0)
+    decoder = Decoder(config)
+    for p in decoder.parameters():
+        p.data = torch.randn_like(p) * (0.3 if p.dim() < 2 else 1.2 / p.shape[1] ** 0.5)
+    decoder.to(dtype)
+    path.parent.mkdir(parents=True)
+    state = {f"decoder.{name}": weight for name, weight in decoder.state_dict().items()}
+    torch.save({"decoder_config": asdict(config), "state_dict": state}, path)
+    return decoder
+
+
+@pytest.fixture
+def ckpt(tmp_path: Path, prepared: Path) -> Path:
+    """`run/checkpoints/last.ckpt` of the first shape, with its tokenizer."""
+    path = tmp_path / "run/checkpoints/last.ckpt"
+    save(SHAPE, path)
+    (tmp_path / "run/tokenizer.json").write_bytes((prepared / "tokenizer.json").read_bytes())
+    return path
+
+
+@pytest.mark.parametrize("config", SHAPES.values(), **IDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shard_gb", [5.0, 5e-5], ids=["one file", "shards"])
+def test_a_round_trip_is_exact(config: DecoderConfig, dtype: torch.dtype, shard_gb: float, tmp_path: Path) -> None:
+    path = tmp_path / "run/checkpoints/last.ckpt"
+    decoder = save(config, path, dtype)
+    export_checkpoint(str(path), str(tmp_path / "hf"), shard_gb=shard_gb)
+    assert (len(list((tmp_path / "hf").glob("*.safetensors"))) > 1) == (shard_gb < 1)
+    import_checkpoint(str(tmp_path / "hf"), str(tmp_path / "back"))
+    back = load_decoder(str(tmp_path / "back/checkpoints/last.ckpt"))
+    assert back.config == config
+    assert back.state_dict().keys() == decoder.state_dict().keys()
+    for name, weight in decoder.state_dict().items():
+        assert back.state_dict()[name].dtype == dtype
+        assert torch.equal(back.state_dict()[name], weight), name
+
+
+@pytest.mark.parametrize("config", SHAPES.values(), **IDS)
+def test_transformers_loads_the_export_and_computes_the_same(config: DecoderConfig, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    path = tmp_path / "run/checkpoints/last.ckpt"
+    decoder = save(config, path, torch.float32)
+    export_checkpoint(str(path), str(tmp_path / "hf"), shard_gb=5e-5)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    with torch.no_grad():
+        ours, logits = decoder(TOKENS), theirs(TOKENS).logits
+        losses = [F.cross_entropy(x[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten()) for x in (ours, logits)]
+    assert (ours - logits).abs().max() <= 1e-5 * logits.abs().max()
+    assert f"{losses[0].exp():.4g}" == f"{losses[1].exp():.4g}"
+
+
+@pytest.mark.parametrize("config", SHAPES.values(), **IDS)
+def test_what_transformers_saves_is_imported(config: DecoderConfig, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    path = tmp_path / "run/checkpoints/last.ckpt"
+    decoder = save(config, path, torch.float32)
+    export_checkpoint(str(path), str(tmp_path / "hf"))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="50KB")
+    import_checkpoint(str(tmp_path / "theirs"), str(tmp_path / "back"))
+    back = load_decoder(str(tmp_path / "back/checkpoints/last.ckpt"))
+    for name, weight in decoder.state_dict().items():
+        assert torch.equal(back.state_dict()[name], weight), name
+
+
+def test_the_tokenizer_goes_along(ckpt: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    export_checkpoint(str(ckpt), str(tmp_path / "hf"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert tokenizer.decode(tokenizer("abc def")["input_ids"]) == "abc def"
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    assert config["eos_token_id"] == tokenizer.eos_token_id == 0
+    import_checkpoint(str(tmp_path / "hf"), str(tmp_path / "back"))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
+
+
+def test_one_file_is_imported_with_the_configuration_beside_it(ckpt: Path, tmp_path: Path) -> None:
+    export_checkpoint(str(ckpt), str(tmp_path / "hf"))
+    import_checkpoint(str(tmp_path / "hf/model.safetensors"), str(tmp_path / "back"))
+    assert load_decoder(str(tmp_path / "back/checkpoints/last.ckpt")).config == SHAPE
+
+
+def test_sharded_checkpoints_are_put_together(tmp_path: Path) -> None:
+    """A folder as ModelParallelStrategy writes it: a distributed checkpoint, and the rest in meta.pt."""
+    from torch.distributed import checkpoint as dcp
+
+    decoder = save(SHAPE, tmp_path / "run/checkpoints/last.ckpt")
+    state = {f"decoder.{name}": weight for name, weight in decoder.state_dict().items()}
+    moments = {"m": torch.zeros(3)}
+    dcp.save({"state_dict": state, "optimizer_0": moments}, checkpoint_id=tmp_path / "run/sharded", no_dist=True)
+    torch.save({"decoder_config": asdict(SHAPE)}, tmp_path / "run/sharded/meta.pt")
+    for source, target in (("sharded", "a"), ("checkpoints/last.ckpt", "b")):
+        export_checkpoint(str(tmp_path / "run" / source), str(tmp_path / target))
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
+class Alive:
+    """Counts the bytes of the tensors passed on that nobody has dropped."""
+
+    def __init__(self) -> None:
+        self.now = self.peak = 0
+
+    def watch(self, tensor: Tensor) -> Tensor:
+        own = tensor.clone()
+        self.now += own.nbytes
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(own, self._drop, own.nbytes)
+        return own
+
+    def _drop(self, size: int) -> None:
+        self.now -= size
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_an_export_holds_one_shard_at_a_time(
+    fp8: bool, ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive, shard = Alive(), 40_000
+    weights = open_ours(ckpt)
+    sizes = [weights.read(name).nbytes for name in weights.names()]
+    watched = Weights(weights.config, lambda name: alive.watch(weights.read(name)))
+    monkeypatch.setattr(exchange, "open_ours", lambda path: watched)
+    export_checkpoint(str(ckpt), str(tmp_path / "hf"), shard_gb=shard / 1e9, fp8=fp8)
+    assert sum(sizes) > 4 * shard
+    assert alive.peak <= shard + 2 * max(sizes)
+
+
+def test_an_import_holds_the_model_once(ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive = Alive()
+    export_checkpoint(str(ckpt), str(tmp_path / "hf"), shard_gb=4e-5)
+    opened = exchange.open_hf(tmp_path / "hf")
+    total = sum(opened.read(name).nbytes for name in opened.names())
+    watched = Weights(opened.config, lambda name: alive.watch(opened.read(name)))
+    monkeypatch.setattr(exchange, "open_hf", lambda path: watched)
+    import_checkpoint(str(tmp_path / "hf"), str(tmp_path / "back"))
+    assert alive.peak == total
+
+
+def test_shards_are_as_large_as_allowed(tmp_path: Path) -> None:
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for i, size in enumerate([10, 10, 10, 50, 5, 5]):
+            yield f"t{i}", torch.full((size,), i, dtype=torch.uint8)
+
+    assert write_shards(tensors(), tmp_path, 25) == 90
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 90
+    files = [
+        [t for t, file in index["weight_map"].items() if file == f"model-0000{i}-of-00004.safetensors"]
+        for i in range(1, 5)
+    ]
+    assert files == [["t0", "t1"], ["t2"], ["t3"], ["t4", "t5"]]
+    for name, file in index["weight_map"].items():
+        with safe_open(tmp_path / file, "pt") as opened:
+            assert (opened.get_tensor(name) == int(name[1:])).all()
+
+
+def test_an_fp8_export_is_read_back_as_what_it_stands_for(ckpt: Path, tmp_path: Path) -> None:
+    decoder = load_decoder(str(ckpt))
+    export_checkpoint(str(ckpt), str(tmp_path / "hf"), fp8=True)
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    with safe_open(tmp_path / "hf/model.safetensors", "pt") as file:
+        name = "model.layers.0.mlp.gate_proj.weight"
+        assert file.get_tensor(name).dtype == torch.float8_e4m3fn
+        assert file.get_tensor(f"{name}_scale").shape == (SHAPE.intermediate_size, 1)
+        assert file.get_tensor("lm_head.weight").dtype == torch.bfloat16
+    import_checkpoint(str(tmp_path / "hf"), str(tmp_path / "back"))
+    back = load_decoder(str(tmp_path / "back/checkpoints/last.ckpt")).state_dict()
+    for name, weight in decoder.state_dict().items():
+        if name.endswith("_proj.weight"):
+            limit = weight.float().abs().amax(1, keepdim=True) / 448 * 2**-7  # half the step of the smallest numbers
+            assert ((back[name] - weight).float().abs() <= limit + weight.float().abs() * (2**-4 + 2**-8)).all(), name
+            assert not torch.equal(back[name], weight)
+        else:
+            assert torch.equal(back[name], weight), name
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_dtype_of_an_export(dtype: Any, expected: torch.dtype, ckpt: Path, tmp_path: Path) -> None:
+    export_checkpoint(str(ckpt), str(tmp_path / "hf"), dtype=dtype)
+    with safe_open(tmp_path / "hf/model.safetensors", "pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {expected}  # noqa: SIM118
+    assert json.loads((tmp_path / "hf/config.json").read_text())["dtype"] == str(expected).removeprefix("torch.")
+
+
+def test_an_imported_model_is_trained_on_and_evaluated(
+    ckpt: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [])
+    main(["export", str(ckpt), "hf"])
+    main(["import", "hf", "back"])
+    overlay = yaml.safe_load(Path("back/model.yaml").read_text())
+    assert overlay["model"]["initial_weights"] == "back/checkpoints/last.ckpt"
+    config = {
+        "data": {"path": str(prepared), "sequence_length": 8, "batch_size": 2},
+        "fp8": {"weights": "bf16"},
+        "trainer": {"accelerator": "cpu", "max_steps": 1, "limit_val_batches": 1, "num_sanity_val_steps": 0},
+    }
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    options = ["-c", "config.yaml", "-c", "back/model.yaml", "--trainer.enable_progress_bar=false"]
+    main(["validate", *options, "--ckpt_path", "back/checkpoints/last.ckpt"])
+    assert "val/perplexity" in capsys.readouterr().out
+    frozen = "{class_path: lightning_fp8.optim.FP8AdamW, init_args: {lr: 0.0}}"
+    main(["fit", *options, "--model.optimizer", frozen, "--trainer.default_root_dir", "run2"])
+    trained = load_decoder(str(next(Path("run2").rglob("*.ckpt"))))
+    for name, weight in load_decoder(str(ckpt)).state_dict().items():
+        assert torch.equal(trained.state_dict()[name], weight), name
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["export", "nowhere.ckpt", "new"], "nowhere.ckpt: there is no such checkpoint"),
+        (["export", "run/checkpoints/last.ckpt", "run"], "run is not empty; give a new folder"),
+        (["import", "run", "new"], "run has no config.json"),
+        (["import", "gpt2", "new"], "model_type 'gpt2'; known are llama, mistral, qwen2, qwen3"),
+        (["import", "cut", "new"], "missing ['blocks.0.attention.k_proj.weight'], left over ['odd']"),
+        (["import", "wide", "new"], "norm.weight is [63], its configuration says [64]"),
+        (["import", "empty", "new"], "empty has neither model.safetensors nor model.safetensors.index.json"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_mistake_is_one_line(
+    argv: list[str],
+    said: str,
+    ckpt: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("gpt2", "cut", "wide", "empty"):
+        export_checkpoint(str(ckpt), name)
+    Path("gpt2/config.json").write_text('{"model_type": "gpt2"}')
+    tensors = load_file("cut/model.safetensors")
+    tensors["odd"] = tensors.pop("model.layers.0.self_attn.k_proj.weight")
+    save_file(tensors, "cut/model.safetensors")
+    tensors = load_file("wide/model.safetensors")
+    save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"][:63].clone()}, "wide/model.safetensors")
+    Path("empty/model.safetensors").unlink()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 1
+    assert said in line
+
+
+def test_what_no_family_has_is_refused(tmp_path: Path) -> None:
+    for config, said in (
+        (replace(SHAPE, logit_softcap=30.0), "logit_softcap cannot be exported"),
+        (replace(SHAPE, mlp_bias=True), "No family of Hugging Face's has qk_norm=True"),
+    ):
+        path = tmp_path / said[:6] / "checkpoints/last.ckpt"
+        save(config, path)
+        with pytest.raises(ValueError, match=said):
+            export_checkpoint(str(path), str(tmp_path / "hf"))
+        assert not (tmp_path / "hf").exists()
