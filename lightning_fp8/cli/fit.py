@@ -137,7 +137,7 @@ class FP8CLI(LightningCLI):
 
 
 def _is_fsdp1(strategy: object) -> bool:
-    return isinstance(strategy, FSDPStrategy) or (isinstance(strategy, str) and strategy.startswith("fsdp"))
+    return isinstance(strategy, FSDPStrategy) or (isinstance(strategy, str) and "fsdp" in strategy.lower())
 
 
 def _move_earlier_run(folder: Path) -> None:

@@ -11,6 +11,7 @@ import yaml
 from lightning_fp8.cli.main import main
 
 Fit = Callable[..., None]
+FSDP = "lightning.pytorch.strategies.FSDPStrategy"
 PLUGIN = "lightning_fp8.FP8Precision"
 BY_PATH = ["--fp8.enabled", "false", "--trainer.plugins", PLUGIN]
 CONFIG = """
@@ -67,7 +68,7 @@ def steps(folder: str) -> list[int]:
             1,
             "strategies.ModelParallelStrategy",
         ),
-        (["--trainer.strategy", "lightning.pytorch.strategies.FSDPStrategy"], 1, "with its data_parallel_size"),
+        ([f'--trainer.strategy={{"class_path": "{FSDP}"}}'], 1, "with its data_parallel_size"),
         (["--trainer.plugins", PLUGIN], 1, "fp8.enabled and a precision plugin in trainer.plugins exclude each other"),
         ([*BY_PATH, "--trainer.plugins.recipe", "tensorwize"], 1, "Did you mean 'tensorwise'?"),
         ([*BY_PATH, "--trainer.plugins.recipe", "{scalling: delayed}"], 1, "Did you mean 'scaling'?"),
