@@ -38,10 +38,27 @@ def assert_same(actual, expected, name=""):
     assert not wrong.any(), f"{name}: {wrong.sum()} of {wrong.numel()}, first {actual[wrong][:3], expected[wrong][:3]}"
 
 
+GUARD = 512  # elements
+
+
+def guarded(outputs):
+    """The outputs in memory that goes on behind them, and whether that is as it was."""
+    buffers = [torch.full((t.numel() + GUARD,), 1.5).to(t.dtype) for t in outputs]
+    views = [b.as_strided(t.shape, t.stride()) for b, t in zip(buffers, outputs, strict=True)]
+    return type(outputs)(*views), lambda: all((b[-GUARD:].float() == 1.5).all() for b in buffers)
+
+
+def followed_by_nan(x):
+    """The same matrix; whoever reads behind it finds NaN."""
+    return torch.cat([x.flatten(), torch.full((GUARD,), torch.nan, dtype=x.dtype)])[: x.numel()].view(x.shape)
+
+
 def check(x, fmt, tile, *, power_of_two=False, remembered=None, rows=True, columns=True):
     """Kernel and reference fill all outputs alike; where a scale is not finite, its codes are free."""
     actual, expected = (allocate(x, fmt, tile, rows, columns) for _ in range(2))
-    launch(x, fmt, tile, power_of_two, remembered, actual)
+    actual, untouched = guarded(actual)
+    launch(followed_by_nan(x), fmt, tile, power_of_two, remembered, actual)
+    assert untouched(), "the kernel wrote beyond its outputs"
     fill_by_reference(x, fmt, tile, power_of_two, remembered, expected)
     if remembered is None and not expected.row_scale.isfinite().all():
         actual.rows.view(torch.uint8).zero_()
@@ -62,7 +79,7 @@ def all_bf16():
     return torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).view(256, 256)
 
 
-SHAPES = [(130, 200), (1, 1), (7, 300), (129, 1)]
+SHAPES = [(130, 200), (1, 1), (7, 300), (129, 1), (32, 64)]
 
 
 @kinds

@@ -54,6 +54,9 @@ def test_the_operator_returns_what_quantize_returns(tile, power_of_two, shape, b
         assert torch.equal(dequantize(actual), dequantize(expected))
     assert made.rows.codes.is_contiguous()
     assert made.columns.codes.t().is_contiguous()
+    if tile in ((1, 128), (1, 32)):
+        assert made.rows.scale.t().is_contiguous()
+        assert made.columns.scale.is_contiguous()
     assert (made.amax is None) == (tile is not None)
 
 
