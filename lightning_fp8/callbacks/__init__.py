@@ -4,6 +4,7 @@ from lightning_fp8.callbacks.checkpoint import LastCheckpoint
 from lightning_fp8.callbacks.progress import StepProgress
 from lightning_fp8.callbacks.report import RunReport
 from lightning_fp8.callbacks.run_log import RunLog
+from lightning_fp8.callbacks.start import StartReport
 from lightning_fp8.callbacks.throughput import Throughput
 
-__all__ = ["LastCheckpoint", "RunLog", "RunReport", "StepProgress", "Throughput"]
+__all__ = ["LastCheckpoint", "RunLog", "RunReport", "StartReport", "StepProgress", "Throughput"]

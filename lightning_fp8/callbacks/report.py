@@ -149,7 +149,7 @@ def _table(summary: dict[str, Any], trainer: Trainer, folder: Path, validated_at
 def _bits_per_byte(summary: dict[str, Any], trainer: Trainer) -> str:
     text = f"{summary.get('val/bits_per_byte', float('nan')):.4f}"
     data = getattr(trainer, "datamodule", None)
-    gzip = data.manifest.splits["val"].gzip_bits_per_byte if isinstance(data, TokenDataModule) else None
+    gzip = data.gzip_bits_per_byte if isinstance(data, TokenDataModule) else None
     if gzip and "val/bits_per_byte" in summary:
         text += f" = {summary['val/bits_per_byte'] / gzip:.3f} x gzip -9 ({gzip:.4f}) of the same files"
     return text
@@ -161,7 +161,7 @@ def _copy_tokenizer(trainer: Trainer) -> None:
     if trainer.is_global_zero and isinstance(data, TokenDataModule):
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(Path(data.path, data.manifest.tokenizer), folder / "tokenizer.json")
+        shutil.copyfile(data.tokenizer_path, folder / "tokenizer.json")
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

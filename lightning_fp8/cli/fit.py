@@ -1,14 +1,16 @@
 """`fit`, `validate`, `test`, `predict`: LightningCLI over `DecoderLM` and `TokenDataModule`.
 
 Added to LightningCLI: the `fp8` group, which builds the precision plugin (`fp8.enabled: false` is the off switch); a
-run folder, `trainer.default_root_dir`, that holds everything a run leaves behind; errors of one line.
+run folder, `trainer.default_root_dir`, that holds everything a run leaves behind; a budget of tokens from which the
+steps follow; errors of one line.
 """
 
 import os
 import sys
 import warnings
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
@@ -18,7 +20,8 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from lightning_fp8.callbacks import RunLog
+from lightning_fp8.callbacks import RunLog, StartReport
+from lightning_fp8.callbacks.start import tokens_per_step
 from lightning_fp8.cli.parsers import FitParser, reason
 from lightning_fp8.data import TokenDataModule
 from lightning_fp8.models import DecoderLM
@@ -92,6 +95,12 @@ class FP8CLI(LightningCLI):
             default=True,
             help="Use the FP8 plugin; false leaves precision to the trainer.",
         )
+        parser.add_argument(
+            "--max_tokens",
+            type=str | None,
+            default=None,
+            help="Tokens to train on, such as 300M or 10B, instead of trainer.max_steps.",
+        )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Adds the plugin and, for `fit`, the loggers of the run folder."""
@@ -118,13 +127,24 @@ class FP8CLI(LightningCLI):
                 )
             trainer_config["plugins"] = [*plugins, plugin]
         folder = trainer_config["default_root_dir"]
+        budget = self._get(self.config_init, "max_tokens") if self.subcommand == "fit" else None
+        if budget is not None:
+            _check_no_other_end(trainer_config)
+            trainer_config["max_epochs"] = -1
         if trainer_config.get("logger") is None:
             if self.subcommand == "fit":
                 loggers = [RunLog(folder), TensorBoardLogger(folder, name="", version="")]
                 trainer_config["logger"] = loggers
             else:
                 trainer_config["logger"] = False
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        if self.subcommand == "fit":
+            cast(Any, trainer).callbacks.insert(0, StartReport())
+        if budget is not None:
+            tokens, step = parse_tokens(budget), tokens_per_step(trainer, self.datamodule)
+            # The size of a step is not known before the trainer has counted its devices.
+            trainer.fit_loop.epoch_loop.max_steps = -(-tokens // step)
+        return trainer
 
     def plugin(self) -> FP8Precision | None:
         """What the `fp8` group describes; None if it is switched off."""
@@ -138,6 +158,32 @@ class FP8CLI(LightningCLI):
 
 def _is_fsdp1(strategy: object) -> bool:
     return isinstance(strategy, FSDPStrategy) or (isinstance(strategy, str) and "fsdp" in strategy.lower())
+
+
+def parse_tokens(text: str) -> int:
+    """A number of tokens, such as 4096, 300M or 1.5B.
+
+    Raises:
+        ValueError: It is none.
+    """
+    units = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+    digits, unit = (text[:-1], units[text[-1].upper()]) if text[-1:].upper() in units else (text, 1)
+    try:
+        tokens = round(Decimal(digits) * unit)
+    except (InvalidOperation, ValueError, OverflowError):
+        tokens = 0
+    if tokens < 1:
+        raise ValueError(f"max_tokens {text!r} is not a number of tokens: write it as 300M, 1.5B or 2000000.")
+    return tokens
+
+
+def _check_no_other_end(trainer_config: Any) -> None:
+    for name in ("max_steps", "max_epochs"):
+        if trainer_config.get(name) not in (None, -1):
+            raise ValueError(
+                f"max_tokens and trainer.{name}={trainer_config[name]} exclude each other: leave one out, "
+                f"or set trainer.{name} to -1."
+            )
 
 
 def _move_earlier_run(folder: Path) -> None:

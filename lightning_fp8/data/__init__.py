@@ -6,7 +6,7 @@ import os
 # Set before litdata is first imported, which the imports below do.
 os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
 
-from lightning_fp8.data.datamodule import TokenDataModule
+from lightning_fp8.data.datamodule import TokenDataModule, cut_blocks
 from lightning_fp8.data.manifest import Manifest, SplitInfo
 from lightning_fp8.data.prepare import prepare
 from lightning_fp8.data.tokenizer import END_OF_TEXT, load_tokenizer, token_bytes, train_tokenizer
@@ -16,6 +16,7 @@ __all__ = [
     "Manifest",
     "SplitInfo",
     "TokenDataModule",
+    "cut_blocks",
     "load_tokenizer",
     "prepare",
     "token_bytes",

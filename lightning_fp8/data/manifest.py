@@ -69,10 +69,7 @@ class Manifest:
         Args:
             path: The file to write.
         """
-        path = Path(path)
-        unfinished = path.with_name(path.name + ".unfinished")
-        unfinished.write_text(json.dumps(asdict(self), indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        os.replace(unfinished, path)
+        write_json(Path(path), asdict(self))
 
     @classmethod
     def load(cls, path: str | Path) -> "Manifest":
@@ -101,3 +98,18 @@ class Manifest:
             f"{path} has version {version}, this release reads version {MANIFEST_VERSION}: "
             "upgrade lightning-fp8, or prepare the folder again."
         )
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file so that a reader, or a kill, sees the old one or the new one.
+
+    Args:
+        path: The file.
+        content: What goes into it.
+    """
+    unfinished = path.with_name(path.name + ".unfinished")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)

@@ -1,54 +1,72 @@
-"""From text to token chunks: split, train a tokenizer, tokenise, write, and then put the folder in place.
+"""From text to token chunks: train a tokenizer, tokenise, write, and then put the folder in place.
 
-The documents are tokenised here on threads into one flat file of ids for each split, which `litdata.optimize`
-then cuts into chunks in a single writer process. Tokenising inside litdata's workers would make
-the chunks depend on their number; this way the same inputs give the same bytes with any number of threads, at
-the price of the ids being on disk twice for a moment.
+The documents are tokenised on all cores into one flat file of ids for each split, which is then cut into the chunks
+that litdata streams. Tokenising inside litdata's own workers would make the chunks depend on their number; this way
+the same inputs give the same bytes with any number of processes, at the price of the ids being on disk twice for a
+moment.
 
-All work is done in a hidden folder next to the target. A failure leaves the target as it was.
+All work is done in a hidden folder next to the target. A failure leaves the target as it was and the hidden folder
+for the next call, which goes on from there if its inputs are the same; see `spool`.
 """
 
 import functools
 import hashlib
+import itertools
 import json
-import multiprocessing
 import os
-import signal
+import shutil
 import sys
-import tempfile
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import litdata
 import numpy as np
-import torch
-from lightning.pytorch.utilities.seed import isolate_rng
-from litdata.streaming.item_loader import TokensLoader
 from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
     TransferSpeedColumn,
 )
 
-from lightning_fp8.data.manifest import MANIFEST_NAME, MANIFEST_VERSION, Manifest, SplitInfo
-from lightning_fp8.data.sources import TRAIN, VAL, choose_split, inspect_file, list_files, split_documents
-from lightning_fp8.data.tokenizer import Encoded, encode_documents, load_tokenizer, token_bytes, train_tokenizer
+from lightning_fp8.data.chunks import write_chunks
+from lightning_fp8.data.encoding import encode_pieces
+from lightning_fp8.data.manifest import MANIFEST_NAME, MANIFEST_VERSION, Manifest, write_json
+from lightning_fp8.data.readers import hash_file
+from lightning_fp8.data.sources import (
+    TRAIN,
+    VAL,
+    Generator,
+    Split,
+    SplitPiece,
+    check_splits,
+    list_files,
+    split_pieces,
+)
+from lightning_fp8.data.spool import flat_file, spool
+from lightning_fp8.data.tokenizer import END_OF_TEXT, load_tokenizer, token_bytes, train_tokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 TOKENIZER_NAME = "tokenizer.json"
-CHUNK_BYTES = "64MB"  # blocks do not cross chunks, so the tail of each chunk is lost: few large ones
-PIECE_TOKENS = 1 << 20
+INPUTS_NAME = "inputs.json"
+LOCK_NAME = "lock"
+REPLACED_NAME = "replaced"
 UINT16_VOCABULARY = 1 << 16
+# More text hardly changes the tokens and keeps all cores waiting.
+TOKENIZER_BYTES = 1 << 28
 
 
 def prepare(
-    sources: list[str],
+    sources: Sequence[str],
     output_dir: str,
     *,
+    generator: str | dict[str, Any] | None = None,
     vocab_size: int = 2048,
     tokenizer: str | None = None,
     val_fraction: float = 0.05,
@@ -59,81 +77,158 @@ def prepare(
 
     The folder holds `manifest.json`, `tokenizer.json`, `train/` and `val/`. A folder that was prepared from
     the same inputs is left as it is; one prepared from others is replaced, once its replacement is complete.
-    Call it from the main thread, which litdata needs.
+    A call that was killed is continued by the next one with the same inputs, and gives the same bytes.
 
     Args:
-        sources: Files or folders of text, JSON Lines or Parquet, or the word `stdlib`.
+        sources: Files or folders of text, JSON Lines or Parquet, folders that Hugging Face's
+            `Dataset.save_to_disk` wrote, or the word `stdlib`.
         output_dir: The folder to write.
+        generator: Class path of an iterable of documents to add, with its arguments as
+            `{class_path: ..., init_args: {...}}`. It must give the same documents each time.
         vocab_size: Vocabulary of the byte-level BPE tokenizer to train on the training split.
         tokenizer: Path of a `tokenizer.json` to use instead of training one.
-        val_fraction: Share of the files that goes to validation (of the documents, where there is one file
-            only).
+        val_fraction: Share of the text files, and of the documents of other files, that goes to validation.
         seed: Seed of the split.
-        workers: Tokenising threads, by default one for each core. The result does not depend on it.
+        workers: Tokenising processes, by default one for each core. The result does not depend on it.
 
     Returns:
         The manifest of the folder.
 
     Raises:
-        ValueError: An argument or a source is wrong, a split would be empty, or `output_dir` holds other files.
+        ValueError: An argument or a source is wrong, a split would be empty, `output_dir` holds other files, or
+            another process is preparing it.
     """
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction is {val_fraction}: give a share between 0 and 1, both excluded.")
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers is {workers}: give at least 1.")
+    if not sources and not generator:
+        raise ValueError("There is nothing to prepare: give sources or a generator.")
     target = Path(output_dir).resolve()
-    bpe = load_tokenizer(tokenizer) if tokenizer else None
+    given = load_tokenizer(tokenizer) if tokenizer else None
+    made = Generator.of(generator) if generator else None
 
     listed = list_files(sources)
-    inspected = [inspect_file(file) for file in listed]
-    files = [file for file, (_, readable) in zip(listed, inspected, strict=True) if readable and file.size]
-    content = sorted((file.name, file.size, digest) for file, (digest, _) in zip(listed, inspected, strict=True))
-    vocabulary = bpe.to_str() if bpe else vocab_size
-    inputs = json.dumps([MANIFEST_VERSION, content, vocabulary, val_fraction, seed])
-    fingerprint = hashlib.blake2b(inputs.encode(), digest_size=16).hexdigest()
+    hashed = [hash_file(file.path) for file in listed]
+    files = [file for file, (_, readable) in zip(listed, hashed, strict=True) if readable and file.size]
+    inputs = {
+        "version": MANIFEST_VERSION,
+        "files": sorted([file.name, file.size, digest] for file, (digest, _) in zip(listed, hashed, strict=True)),
+        "generator": asdict(made) if made else None,
+        "vocabulary": given.to_str() if given else vocab_size,
+        "val_fraction": val_fraction,
+        "seed": seed,
+    }
+    fingerprint = hashlib.blake2b(json.dumps(inputs).encode(), digest_size=16).hexdigest()
     if (finished := _load_finished(target)) and finished.fingerprint == fingerprint:
+        if _working_path(target).exists():  # killed after the folder was put in place
+            with _working_folder(target, fingerprint):
+                pass
         print(f"{output_dir} is up to date: {finished.splits[TRAIN].tokens:,} training tokens.")
         return finished
     _check_replaceable(target)
-    split = choose_split(files, seed, val_fraction)
+    split = Split(seed, val_fraction)
+    check_splits(files, made, split)
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-        fresh = Path(scratch, "fresh")
-        fresh.mkdir()
-        with _progress() as progress:
-            task = progress.add_task("training the tokenizer", total=None)
-            if bpe is None:
-                bpe = train_tokenizer((document.text for document in split_documents(files, split, TRAIN)), vocab_size)
-            bpe.save(str(fresh / TOKENIZER_NAME))
-            vocabulary_size = len(token_bytes(bpe))
-            dtype = np.dtype(np.uint16 if vocabulary_size <= UINT16_VOCABULARY else np.int32)
-            # The text inside a Parquet file is larger than the file: its progress has no known end.
-            known = all(file.path.suffix != ".parquet" for file in files)
-            progress.reset(task, description="tokenising", total=sum(file.size for file in files) if known else None)
-            advance = functools.partial(progress.advance, task)
-            threads = workers or os.cpu_count() or 1
-            splits = {}
-            with _environment(TOKENIZERS_PARALLELISM="false"):  # the threads are ours
-                for name in (TRAIN, VAL):
-                    encoded = encode_documents(bpe, split_documents(files, split, name), threads)
-                    splits[name] = _write_flat(encoded, Path(scratch, name), dtype, advance, gzip=name == VAL)
-        for name in (TRAIN, VAL):
-            _write_chunks(Path(scratch, name), dtype, fresh / name, Path(scratch, "litdata"))
+    with _working_folder(target, fingerprint) as work, _progress() as progress:
+        size = sum(file.size for file in files)
+        pieces = functools.partial(split_pieces, files, made, split)
+        task = progress.add_task("training the tokenizer", total=None)
+        bpe = _choose_tokenizer(work, given, lambda: train_tokenizer(_sample(pieces(), size), vocab_size))
+        vocabulary_size = len(token_bytes(bpe))
+        dtype = np.dtype(np.uint16 if vocabulary_size <= UINT16_VOCABULARY else np.int32)
+        # How much a generator will give is not known.
+        progress.reset(task, description="tokenising", total=None if made else size)
+        splits = spool(
+            work,
+            pieces(),
+            lambda left: encode_pieces(bpe.to_str(), dtype, left, workers or os.cpu_count() or 1),
+            np.array(bpe.token_to_id(END_OF_TEXT), dtype).tobytes(),
+            functools.partial(progress.advance, task),
+        )
         manifest = Manifest(
             version=MANIFEST_VERSION,
-            sources=list(sources),
+            sources=[*sources, *([made.class_path] if made else [])],
             fingerprint=fingerprint,
             seed=seed,
             val_fraction=val_fraction,
             vocab_size=vocabulary_size,
             token_dtype=dtype.name,
-            skipped_files=sum(not readable for _, readable in inspected),
+            skipped_files=sum(not readable for _, readable in hashed),
             splits=splits,
             tokenizer=TOKENIZER_NAME,
         )
-        manifest.save(fresh / MANIFEST_NAME)
-        _put_in_place(fresh, target, Path(scratch, "replaced"))
+        progress.reset(task, description="writing chunks", total=None)
+        _put_in_place(_write_folder(work, manifest), target, work / REPLACED_NAME)
     print(f"{output_dir}: {splits[TRAIN].tokens:,} training and {splits[VAL].tokens:,} validation tokens.")
     return manifest
+
+
+def _working_path(target: Path) -> Path:
+    return target.with_name(f".{target.name}.unfinished")
+
+
+@contextmanager
+def _working_folder(target: Path, fingerprint: str) -> Iterator[Path]:
+    """The folder that holds the unfinished work for `target`, and none of other inputs; removed if all goes well."""
+    work = _working_path(target)
+    replaced, inputs = work / REPLACED_NAME, work / INPUTS_NAME
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / LOCK_NAME).open("w") as lock:
+        _lock(lock.fileno(), target)
+        if replaced.exists() and not target.exists():  # killed while the folders changed places
+            replaced.rename(target)
+        if not inputs.exists() or json.loads(inputs.read_text(encoding="utf-8"))["fingerprint"] != fingerprint:
+            for path in set(work.iterdir()) - {work / LOCK_NAME}:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            write_json(inputs, {"fingerprint": fingerprint})
+        yield work
+        shutil.rmtree(work)
+
+
+def _lock(descriptor: int, target: Path) -> None:
+    try:
+        import fcntl
+    except ModuleNotFoundError:  # Windows
+        return
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by forked workers
+    except OSError:
+        raise ValueError(f"Another process is preparing {target}: wait for it, or stop it.") from None
+
+
+def _choose_tokenizer(work: Path, given: "Tokenizer | None", train: Callable[[], "Tokenizer"]) -> "Tokenizer":
+    """The tokenizer of the unfinished work, so that a kill does not cost its training; else the given or a new one."""
+    path = work / TOKENIZER_NAME
+    if not path.exists():
+        unfinished = work / f"{TOKENIZER_NAME}.unfinished"
+        (given or train()).save(str(unfinished))
+        os.replace(unfinished, path)
+    return load_tokenizer(path)
+
+
+def _sample(pieces: Iterator[SplitPiece], size: int) -> Iterator[str]:
+    """Training text for the tokenizer: all of it, or about `TOKENIZER_BYTES` from everywhere in `size` source bytes."""
+    every = max(1, round(size / TOKENIZER_BYTES))
+    left = TOKENIZER_BYTES
+    texts = (piece.text for _, split, piece in pieces if split == TRAIN)
+    for text in itertools.islice(texts, 0, None, every):
+        if left <= 0:
+            return
+        left -= len(text)
+        yield text
+
+
+def _write_folder(work: Path, manifest: Manifest) -> Path:
+    """The finished folder, still in the working folder."""
+    fresh = work / "fresh"
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    shutil.copyfile(work / TOKENIZER_NAME, fresh / manifest.tokenizer)
+    for name in manifest.splits:
+        write_chunks(flat_file(work, name), np.dtype(manifest.token_dtype), fresh / name, manifest.fingerprint)
+    manifest.save(fresh / MANIFEST_NAME)
+    return fresh
 
 
 def _check_replaceable(target: Path) -> None:
@@ -157,86 +252,10 @@ def _load_finished(target: Path) -> Manifest | None:
 
 
 def _progress() -> Progress:
-    columns = (DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn())
+    columns = (DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     # In a log file rich would leave an empty line and nothing else.
     hidden = not sys.stdout.isatty()
     return Progress(TextColumn("{task.description}"), BarColumn(), *columns, transient=True, disable=hidden)
-
-
-def _write_flat(
-    encoded: Iterator[Encoded], path: Path, dtype: np.dtype, advance: Callable[[int], None], *, gzip: bool
-) -> SplitInfo:
-    """Write the ids of a split one after the other, and count what was written."""
-    compressor = zlib.compressobj(9, zlib.DEFLATED, 31)
-    files, documents, text_bytes, tokens, gzip_bytes = set[str](), 0, 0, 0, 0
-    with path.open("wb") as flat:
-        for document, ids in encoded:
-            text = document.text.encode()
-            flat.write(ids.astype(dtype).tobytes())
-            if gzip:
-                gzip_bytes += len(compressor.compress(text))
-            files.add(document.file)
-            documents, text_bytes, tokens = documents + 1, text_bytes + len(text), tokens + len(ids)
-            advance(len(text))
-    gzip_bytes += len(compressor.flush())
-    return SplitInfo(len(files), documents, text_bytes, tokens, 8 * gzip_bytes / text_bytes if gzip else None)
-
-
-def _write_chunks(flat: Path, dtype: np.dtype, folder: Path, scratch: Path) -> None:
-    pieces = -(-flat.stat().st_size // (PIECE_TOKENS * dtype.itemsize))
-    with _contained_litdata(scratch):
-        litdata.optimize(
-            functools.partial(_read_piece, str(flat), dtype.name),
-            list(range(pieces)),
-            str(folder),
-            chunk_bytes=CHUNK_BYTES,
-            item_loader=TokensLoader(),  # needed here as well: it decides the format of the chunks
-            num_workers=1,
-            keep_data_ordered=True,
-            # Forking saves the seconds of importing torch again; the child only copies ids. It is also what
-            # torch's own data loaders do on Linux, and what is not safe elsewhere.
-            start_method="fork" if sys.platform == "linux" else "spawn",
-            verbose=False,
-        )
-
-
-def _read_piece(flat: str, dtype: str, piece: int) -> torch.Tensor:
-    offset = piece * PIECE_TOKENS * np.dtype(dtype).itemsize
-    return torch.from_numpy(np.fromfile(flat, dtype, PIECE_TOKENS, offset=offset))
-
-
-@contextmanager
-def _contained_litdata(scratch: Path) -> Iterator[None]:
-    """Keep `litdata.optimize` from leaving traces.
-
-    It empties two cache folders, by default `chunks` and `data` in the system's temporary folder, whoever's
-    they are; sets the process's random seeds, start method and interrupt handler; and leaves environment
-    variables.
-    """
-    start_method = multiprocessing.get_start_method(allow_none=True)
-    interrupt = signal.getsignal(signal.SIGINT)
-    folders = {
-        "DATA_OPTIMIZER_CACHE_FOLDER": str(scratch / "chunks"),
-        "DATA_OPTIMIZER_DATA_CACHE_FOLDER": str(scratch / "data"),
-    }
-    with isolate_rng(), _environment(TOKENIZERS_PARALLELISM="false", **folders):
-        try:
-            yield
-        finally:
-            multiprocessing.set_start_method(start_method, force=True)
-            signal.signal(signal.SIGINT, interrupt)
-
-
-@contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name in os.environ.keys() - before.keys():
-            del os.environ[name]
-        os.environ.update(before)
 
 
 def _put_in_place(fresh: Path, target: Path, replaced: Path) -> None:

@@ -1,41 +1,30 @@
-"""Documents from files, one at a time and in a fixed order, and the split each belongs to.
+"""Where the documents come from, in which order, and the split each belongs to.
 
-A document is a text file, a line of a JSON Lines file or a row of a Parquet file. Everything is an iterator,
-so that the memory needed is that of the largest document (or Parquet batch) and not of the corpus; the price
-is that each pass over the corpus reads it again. The word `stdlib` names a corpus that every machine has: the
-source code of the running interpreter's own standard library.
+A source is a file, a folder, a Hugging Face `datasets` folder, or the word `stdlib`, which names a corpus that every
+machine has: the source code of the running interpreter's own standard library. Besides sources there can be one
+generator, an iterable of strings by class path. Everything is an iterator; the price of constant memory is that each
+pass over the corpus reads it again.
 """
 
-import codecs
 import hashlib
 import json
 import os
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
+
+from lightning_fp8.data.readers import SUFFIXES, TEXT_SUFFIXES, Piece, iterate_pieces, read_pieces
 
 STDLIB = "stdlib"
 TRAIN, VAL = "train", "val"
-TEXT_SUFFIXES = frozenset({".txt", ".text", ".py", ".md", ".rst"})
-SUFFIXES = TEXT_SUFFIXES | {".jsonl", ".parquet"}
 # Tests are not typical code, and installed packages are not part of the library.
 STDLIB_LEFT_OUT = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages"})
-BLOCK_BYTES = 1 << 20
-PARQUET_ROWS = 256
 
 
-@dataclass(frozen=True)
-class Document:
-    """One text and the relative name of the file it came from, such as `stdlib/json/decoder.py`."""
-
-    file: str
-    text: str
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """A file of the corpus: its relative name, its path, and its size in bytes."""
+class SourceFile(NamedTuple):
+    """A file of the corpus: its relative name, such as `stdlib/json/decoder.py`, its path, and its size in bytes."""
 
     name: str
     path: Path
@@ -43,25 +32,78 @@ class SourceFile:
 
 
 @dataclass(frozen=True)
-class Split:
-    """Which split a document belongs to, by a hash: adding files never moves the others across."""
+class Generator:
+    """An iterable of documents by class path; it must give the same ones each time, since it is read several times.
+
+    Attributes:
+        class_path: Importable name of a class or function; what it returns is iterated.
+        init_args: Its keyword arguments.
+    """
+
+    class_path: str
+    init_args: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, spec: "str | Mapping[str, Any]") -> "Generator":
+        """Read `class_path`, or `{class_path: ..., init_args: {...}}`.
+
+        Raises:
+            ValueError: It is neither.
+        """
+        fields: dict[str, Any] = {"class_path": spec} if isinstance(spec, str) else dict(spec)
+        if set(fields) - {"class_path", "init_args"} or not isinstance(fields.get("class_path"), str):
+            raise ValueError(f"generator {spec!r} is neither a class path nor {{class_path: ..., init_args: ...}}.")
+        return cls(fields["class_path"], fields.get("init_args") or {})
+
+    def __call__(self) -> Iterable[str]:
+        """The documents.
+
+        Raises:
+            ValueError: There is no such class, or it does not take these arguments.
+        """
+        module, _, name = self.class_path.rpartition(".")
+        try:
+            factory = getattr(__import__(module, fromlist=[name]), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"generator {self.class_path} cannot be imported ({error}): correct the path.") from error
+        try:
+            documents: Iterable[str] = factory(**self.init_args)
+        except TypeError as error:
+            raise ValueError(f"generator {self.class_path} cannot be called ({error}): correct init_args.") from error
+        return documents
+
+
+class Split(NamedTuple):
+    """Which split a document belongs to, by a hash: adding documents never moves the others across.
+
+    A text file is one document, named by its path; those of other files are numbered.
+    """
 
     seed: int
     val_fraction: float
-    by_file: bool
 
     def __call__(self, file: str, index: int) -> str:
         """Give the split of document number `index` of `file`, "train" or "val"."""
-        name = f"{self.seed}:{file}" if self.by_file else f"{self.seed}:{file}:{index}"
+        is_document = os.path.splitext(file)[1] in TEXT_SUFFIXES
+        name = f"{self.seed}:{file}" if is_document else f"{self.seed}:{file}:{index}"
         digest = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest()
         return VAL if int.from_bytes(digest) / 2**64 < self.val_fraction else TRAIN
+
+
+class SplitPiece(NamedTuple):
+    """A piece, the file it came from and the split its document belongs to."""
+
+    file: str
+    split: str
+    piece: Piece
 
 
 def list_files(sources: Sequence[str]) -> list[SourceFile]:
     """List the files of the sources: sources in the order given, the files of a folder sorted.
 
     Args:
-        sources: Files, folders (walked recursively, without hidden entries), or `stdlib`.
+        sources: Files, folders (walked recursively, without hidden entries), folders that `Dataset.save_to_disk`
+            wrote, or `stdlib`.
 
     Returns:
         Every file once, even when two sources hold it.
@@ -73,7 +115,7 @@ def list_files(sources: Sequence[str]) -> list[SourceFile]:
     for source in sources:
         for name, path in _walk_source(source):
             found.setdefault(path.resolve(), SourceFile(name, path, path.stat().st_size))
-    if not found:
+    if sources and not found:
         raise ValueError(
             f"No file to read in {list(sources)}: give files or folders with {', '.join(sorted(SUFFIXES))}, "
             f"or the word {STDLIB!r}."
@@ -81,84 +123,47 @@ def list_files(sources: Sequence[str]) -> list[SourceFile]:
     return list(found.values())
 
 
-def inspect_file(file: SourceFile) -> tuple[str, bool]:
-    """Hash a file and find out whether it can be read, in constant memory.
-
-    Args:
-        file: The file.
-
-    Returns:
-        The hexadecimal hash of its content, and whether its content is UTF-8 text (or Parquet).
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    readable = True
-    with file.path.open("rb") as stream:
-        while block := stream.read(BLOCK_BYTES):
-            digest.update(block)
-            if readable and file.path.suffix != ".parquet":
-                readable = b"\0" not in block and _decodes(decoder, block)
-    return digest.hexdigest(), readable and (file.path.suffix == ".parquet" or _decodes(decoder, b"", final=True))
-
-
-def read_documents(file: SourceFile) -> Iterator[str]:
-    """Read the non-empty documents of a readable file.
-
-    Args:
-        file: A file that `inspect_file` found readable.
-
-    Yields:
-        The texts, byte for byte as in the file (no newline is translated).
-
-    Raises:
-        ValueError: A line or a row without the text it should have.
-    """
-    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    return (text for text in readers.get(file.path.suffix, _read_text)(file.path) if text)
-
-
-def choose_split(files: Sequence[SourceFile], seed: int, val_fraction: float) -> Split:
-    """Choose to split by file, or by document where whole files would leave a split empty.
+def split_pieces(files: Sequence[SourceFile], generator: Generator | None, split: Split) -> Iterator[SplitPiece]:
+    """Read every document, each in the split it belongs to.
 
     Args:
         files: The readable files.
-        seed: Seed of the split.
-        val_fraction: Share of the files, or of the documents, for validation.
+        generator: Read after them.
+        split: What decides.
 
-    Returns:
-        A split with at least one document on either side.
+    Yields:
+        The pieces of the documents, in order.
+    """
+    for file in files:
+        yield from _with_split(file.name, read_pieces(file.path), split)
+    if generator:
+        name = generator.class_path
+        yield from _with_split(name, iterate_pieces(generator(), name), split)
+
+
+def check_splits(files: Sequence[SourceFile], generator: Generator | None, split: Split) -> None:
+    """Check that neither split is empty; reads up to the first document of each, not the corpus.
 
     Raises:
-        ValueError: There is none.
+        ValueError: One is.
     """
-    for by_file in (True, False):
-        split = Split(seed, val_fraction, by_file)
-        # Reads up to the first document of each split, not the corpus.
-        if all(next(split_documents(files, split, name), None) for name in (TRAIN, VAL)):
-            return split
+    missing = {TRAIN, VAL}
+    for piece in split_pieces(files, generator, split):
+        if piece.piece.text:
+            missing.discard(piece.split)
+        if not missing:
+            return
     raise ValueError(
-        f"With val_fraction {val_fraction} and seed {seed}, one split of the {len(files)} readable files is "
-        "empty: give more files or documents (a text file is one document), or change val_fraction or seed."
+        f"With val_fraction {split.val_fraction} and seed {split.seed}, one split of the {len(files)} readable files "
+        "is empty: give more files or documents (a text file is one document), or change val_fraction or seed."
     )
 
 
-def split_documents(files: Sequence[SourceFile], split: Split, name: str) -> Iterator[Document]:
-    """Read the documents of one split.
-
-    Args:
-        files: The readable files.
-        split: What decides.
-        name: "train" or "val".
-
-    Yields:
-        The documents, in the order of the files.
-    """
-    for file in files:
-        if split.by_file and split(file.name, 0) != name:
-            continue
-        for index, text in enumerate(read_documents(file)):
-            if split(file.name, index) == name:
-                yield Document(file.name, text)
+def _with_split(name: str, pieces: Iterator[Piece], split: Split) -> Iterator[SplitPiece]:
+    index = 0
+    for piece in pieces:
+        yield SplitPiece(name, split(name, index), piece)
+        index += piece.is_last
 
 
 def _walk_source(source: str) -> Iterator[tuple[str, Path]]:
@@ -167,7 +172,13 @@ def _walk_source(source: str) -> Iterator[tuple[str, Path]]:
         yield from _walk_folder(root, STDLIB, frozenset({".py"}), STDLIB_LEFT_OUT)
         return
     path = Path(source)
-    if path.is_dir():
+    if (path / "dataset_dict.json").exists():
+        names = ", ".join(json.loads((path / "dataset_dict.json").read_text())["splits"])
+        raise ValueError(f"Source {source!r} holds the data sets {names}: give the folder of the one to train on.")
+    if (path / "state.json").exists():  # `Dataset.save_to_disk`; other Arrow files in there are caches
+        for file in json.loads((path / "state.json").read_text())["_data_files"]:
+            yield f"{path.resolve().name}/{file['filename']}", path / file["filename"]
+    elif path.is_dir():
         yield from _walk_folder(path, path.resolve().name, SUFFIXES, frozenset())
     elif not path.exists():
         raise ValueError(f"Source {source!r} does not exist: give a file, a folder, or the word {STDLIB!r}.")
@@ -191,54 +202,3 @@ def _walk_folder(
 
 def _is_visible(name: str) -> bool:
     return not name.startswith(".") and name != "__pycache__"
-
-
-def _decodes(decoder: codecs.IncrementalDecoder, block: bytes, final: bool = False) -> bool:
-    try:
-        decoder.decode(block, final)
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def _read_text(path: Path) -> Iterator[str]:
-    yield path.read_bytes().decode()
-
-
-def _read_jsonl(path: Path) -> Iterator[str]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.isspace():
-                continue
-            try:
-                text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError):
-                text = None
-            if not isinstance(text, str):
-                raise ValueError(
-                    f'{path}:{number}: expected an object with the text as a string, {{"text": "..."}}; '
-                    "correct or remove the line."
-                )
-            # JSON can hold half a surrogate pair, which is no character and has no UTF-8 form: it becomes "?".
-            yield text.encode("utf-8", "replace").decode()
-
-
-def _read_parquet(path: Path) -> Iterator[str]:
-    try:
-        import pyarrow
-        import pyarrow.parquet as parquet
-    except ModuleNotFoundError as error:
-        raise ValueError(f"Reading {path} needs pyarrow: run `pip install pyarrow`.") from error
-    try:
-        table = parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path} is not a Parquet file ({error}): correct or remove it.") from error
-    with table:
-        column = table.schema_arrow.field("text") if "text" in table.schema_arrow.names else None
-        if column is None or not (pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)):
-            raise ValueError(
-                f"{path} has no string column `text`, its columns are {table.schema_arrow.names}: "
-                "rename the one to read."
-            )
-        for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=["text"]):
-            yield from (text or "" for text in batch.column(0).to_pylist())

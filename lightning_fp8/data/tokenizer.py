@@ -6,26 +6,17 @@ is only ever appended by id; the same characters inside a text are encoded as or
 not end itself.
 """
 
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-
-from lightning_fp8.data.sources import Document
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # the 256 bytes and the end of text
-BATCH_CHARACTERS = 1 << 18  # a task long enough to hide the hand-over, short enough to keep memory small
-
-Encoded = tuple[Document, NDArray[np.int64]]
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> "Tokenizer":
@@ -119,46 +110,3 @@ def token_bytes(tokenizer: "Tokenizer") -> torch.Tensor:
         else:
             raise ValueError(f"token {token!r} is not byte-level: use a byte-level BPE tokenizer.")
     return lengths
-
-
-def encode_documents(tokenizer: "Tokenizer", documents: Iterator[Document], workers: int) -> Iterator[Encoded]:
-    """Encode documents on several threads, in order and in constant memory.
-
-    Args:
-        tokenizer: The tokenizer.
-        documents: The documents, consumed once and only a few batches ahead.
-        workers: Threads. The Rust tokenizer gives up Python's lock while it encodes, so they do run at once.
-
-    Yields:
-        Each document with its ids and the end-of-text id after them, an int64 array [tokens].
-    """
-    end_of_text = tokenizer.token_to_id(END_OF_TEXT)
-
-    def encode(batch: list[Document]) -> list[Encoded]:
-        encodings = tokenizer.encode_batch_fast([document.text for document in batch], add_special_tokens=False)
-        return [
-            (document, np.array([*encoding.ids, end_of_text]))
-            for document, encoding in zip(batch, encodings, strict=True)
-        ]
-
-    with ThreadPoolExecutor(workers) as pool:
-        pending: deque[Future[list[Encoded]]] = deque()
-        for batch in _batches(documents):
-            pending.append(pool.submit(encode, batch))
-            if len(pending) > 2 * workers:
-                yield from pending.popleft().result()
-        while pending:
-            yield from pending.popleft().result()
-
-
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document.text)
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch

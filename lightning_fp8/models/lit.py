@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
+from torch.nn import ModuleList
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
@@ -39,7 +40,8 @@ class DecoderLM(LightningModule):
     """Trains a `Decoder` to predict the next token of batches [B, T + 1].
 
     Logs train/loss and lr; val/loss, val/perplexity and, where the datamodule knows how many bytes a token stands
-    for, val/bits_per_byte; the same under test/.
+    for, val/bits_per_byte; the same under test/. Where the data has several sets, these are over all of them, and
+    val/loss/NAME and so on are those of each.
 
     Args:
         config: The decoder's shape.
@@ -77,6 +79,9 @@ class DecoderLM(LightningModule):
         self.decoder: Decoder | None = None
         self.perplexity = Perplexity()
         self.bits_per_byte: BitsPerByte | None = None
+        self.set_names: list[str] = []
+        self.set_perplexity = ModuleList()
+        self.set_bits_per_byte = ModuleList()
 
     def configure_model(self) -> None:
         """Builds the decoder; Lightning calls it in the plugin's and the strategy's contexts."""
@@ -102,6 +107,11 @@ class DecoderLM(LightningModule):
                 f" set model.config.vocab_size to {data.vocab_size} or more."
             )
         self.bits_per_byte = BitsPerByte(data.token_bytes())
+        names = getattr(data, "set_names", [])
+        if len(names) > 1:
+            self.set_names = list(names)
+            self.set_perplexity = ModuleList(Perplexity() for _ in names)
+            self.set_bits_per_byte = ModuleList(BitsPerByte(data.token_bytes()) for _ in names)
 
     def forward(self, tokens_bt: Tensor, targets_bt: Tensor | None = None) -> Tensor:
         """Logits [B, T, V] of the next token or, where targets are given, the mean loss."""
@@ -123,26 +133,29 @@ class DecoderLM(LightningModule):
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"], prog_bar=True)
         return loss
 
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        """Adds a batch [B, T + 1] to the metrics."""
-        self._evaluate(batch, "val")
+    def validation_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Adds a batch [B, T + 1] of one set to the metrics."""
+        self._evaluate(batch, dataloader_idx)
 
-    def test_step(self, batch: Tensor, batch_idx: int) -> None:
-        """Adds a batch [B, T + 1] to the metrics."""
-        self._evaluate(batch, "test")
+    def test_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Adds a batch [B, T + 1] of one set to the metrics."""
+        self._evaluate(batch, dataloader_idx)
 
-    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+    def predict_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """The log-likelihood [B, T], in nats, of every predicted token of a batch [B, T + 1]."""
         logits_bvt = self(batch[:, :-1]).float().transpose(1, 2)
         return -F.cross_entropy(logits_bvt, batch[:, 1:], reduction="none")
 
-    def _evaluate(self, batch: Tensor, stage: str) -> None:
+    def _evaluate(self, batch: Tensor, which: int) -> None:
         logits_btv, targets_bt = self(batch[:, :-1]), batch[:, 1:]
+        metrics: list[Any] = [self.perplexity, self.bits_per_byte]
+        if self.set_names:
+            metrics += [self.set_perplexity[which], self.set_bits_per_byte[which]]
         rows = max(1, CHUNK_LOGITS // logits_btv[0].numel())  # the metrics make fp32 of what they are given
         for logits, targets in zip(logits_btv.split(rows), targets_bt.split(rows), strict=True):
-            self.perplexity.update(logits, targets)
-            if self.bits_per_byte is not None:
-                self.bits_per_byte.update(logits, targets)
+            for metric in metrics:
+                if metric is not None:
+                    metric.update(logits, targets)
 
     def on_validation_epoch_end(self) -> None:
         """Logs and resets the metrics."""
@@ -153,13 +166,18 @@ class DecoderLM(LightningModule):
         self._log_metrics("test")
 
     def _log_metrics(self, stage: str) -> None:
-        perplexity = self.perplexity.compute()
-        self.log(f"{stage}/loss", perplexity.log(), prog_bar=True)
-        self.log(f"{stage}/perplexity", perplexity)
-        self.perplexity.reset()
-        if self.bits_per_byte is not None:
-            self.log(f"{stage}/bits_per_byte", self.bits_per_byte.compute(), prog_bar=True)
-            self.bits_per_byte.reset()
+        self._log_set(stage, "", self.perplexity, self.bits_per_byte)
+        for name, perplexity, bits in zip(self.set_names, self.set_perplexity, self.set_bits_per_byte, strict=True):
+            self._log_set(stage, f"/{name}", perplexity, bits)
+
+    def _log_set(self, stage: str, suffix: str, perplexity_metric: Any, bits_per_byte: Any) -> None:
+        perplexity = perplexity_metric.compute()
+        self.log(f"{stage}/loss{suffix}", perplexity.log(), prog_bar=not suffix)
+        self.log(f"{stage}/perplexity{suffix}", perplexity)
+        perplexity_metric.reset()
+        if bits_per_byte is not None:
+            self.log(f"{stage}/bits_per_byte{suffix}", bits_per_byte.compute(), prog_bar=not suffix)
+            bits_per_byte.reset()
 
     def configure_optimizers(self) -> Any:
         """The optimizer over decayed and undecayed parameters, and the schedule stepped by optimizer steps.

@@ -1,4 +1,5 @@
 import csv
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -8,7 +9,11 @@ import pytest
 import torch
 import yaml
 
+from lightning_fp8.callbacks.start import training_flops
+from lightning_fp8.cli.fit import parse_tokens
 from lightning_fp8.cli.main import main
+from lightning_fp8.data import prepare
+from lightning_fp8.models import Decoder, DecoderConfig, DecoderLM
 
 Fit = Callable[..., None]
 FSDP = "lightning.pytorch.strategies.FSDPStrategy"
@@ -76,6 +81,9 @@ def steps(folder: str) -> list[int]:
         (["--trainer.precision", "bf16-mixed"], 1, "fp8.enabled and trainer.precision=bf16-mixed exclude each other"),
         (["--model.config.vocab_size", "100"], 1, "set model.config.vocab_size to 272 or more"),
         (["--data.path", "nowhere"], 1, "lightning-fp8 prepare"),
+        (["--max_tokens", "1M"], 1, "max_tokens and trainer.max_steps=2 exclude each other"),
+        (["--trainer.max_steps=-1", "--max_tokens", "1M", "--trainer.max_epochs=3"], 1, "trainer.max_epochs=3 exclude"),
+        (["--trainer.max_steps=-1", "--max_tokens", "much"], 1, "max_tokens 'much' is not a number"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -145,3 +153,58 @@ def test_fp8_options_reach_the_plugin(options: list[str], dtype: torch.dtype, li
     weights = torch.load("run/checkpoints/last.ckpt", weights_only=True)["state_dict"]
     assert {weight.dtype for weight in weights.values()} == {dtype}
     assert summary["fp8/linears"] == linears  # q_proj out, but lm_head in, in the second case
+
+
+@pytest.mark.parametrize(("accumulate", "budget", "wanted"), [(1, "64", 4), (2, "0.1K", 4), (1, "65", 5)])
+def test_a_token_budget_gives_the_steps(
+    accumulate: int, budget: str, wanted: int, fit: Fit, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--trainer.max_steps=-1", "--max_tokens", budget, f"--trainer.accumulate_grad_batches={accumulate}"]
+    fit(*options)  # 2 blocks of 8 tokens a micro-batch
+    assert steps("run")[-1] == wanted - 1
+    shown = capsys.readouterr().out
+    tokens = 16 * accumulate
+    assert f"tokens      {wanted * tokens:,} in {wanted} steps of {tokens}" in shown
+    weights = torch.load("run/checkpoints/last.ckpt", weights_only=True)["state_dict"].values()
+    assert f"parameters  {sum(weight.numel() for weight in weights):,}\n" in shown
+    assert "run folder  run\n" in shown
+    fit("--trainer.max_steps=-1", "--max_tokens", "1K", "--trainer.fast_dev_run", "1", verb="validate")
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"), [("4096", 4096), ("300M", 300_000_000), ("1.5b", 1_500_000_000), ("10T", 10**13), ("2e3", 2000)]
+)
+def test_tokens_are_read(text: str, tokens: int) -> None:
+    assert parse_tokens(text) == tokens
+
+
+@pytest.mark.parametrize("text", ["", "B", "-3M", "0", "1e-9", "nan", "inf", "1 G"])
+def test_what_is_no_number_of_tokens_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a number of tokens"):
+        parse_tokens(text)
+
+
+def test_flops_of_a_token_are_those_of_its_products() -> None:
+    config = DecoderConfig(64, 32, 2, 2, 1, 48)
+    length = 16
+    with torch.device("meta"):
+        linears = [module for module in Decoder(config).modules() if isinstance(module, torch.nn.Linear)]
+    products = sum(6 * linear.weight.numel() for linear in linears)
+    attention = 3 * 2 * 2 * length * 32 * 2  # two products of all pairs, forward and backward, in two layers
+    assert training_flops(DecoderLM(config), length) == products + attention
+
+
+def test_each_set_has_its_own_figures(fit: Fit, prepared: Path, tmp_path: Path) -> None:
+    (tmp_path / "y.jsonl").write_text("\n".join('{"text": "%s"}' % ("xyz " * (9 + i)) for i in range(40)))
+    prepare([str(tmp_path / "y.jsonl")], str(tmp_path / "other"), tokenizer=str(prepared / "tokenizer.json"))
+    both = f"{{{prepared}: 3, {tmp_path}/other: 1}}"
+    every = ["--trainer.val_check_interval", "2", "--trainer.check_val_every_n_epoch", "null"]
+    fit("--data.path", both, *every, "--trainer.limit_val_batches", "1.0")
+    with Path("run/metrics.csv").open(newline="") as file:
+        row = list(csv.DictReader(file))[-1]
+    figures = {name: float(value) for name, value in row.items() if name.startswith("val/") and value}
+    sets = [figures[f"val/loss/{name}"] for name in ("data", "other")]
+    assert min(sets) < figures["val/loss"] < max(sets)
+    assert {"val/perplexity/data", "val/bits_per_byte/other"} <= set(figures)
+    for name in ("data", "other"):
+        assert figures[f"val/perplexity/{name}"] == pytest.approx(math.exp(figures[f"val/loss/{name}"]), rel=1e-4)

@@ -15,9 +15,10 @@ import pyarrow.parquet
 import pytest
 from litdata.streaming.item_loader import TokensLoader
 
-from lightning_fp8.data import END_OF_TEXT, Manifest, load_tokenizer, prepare
+from lightning_fp8.data import END_OF_TEXT, Manifest, chunks, load_tokenizer, prepare
 from lightning_fp8.data.manifest import MANIFEST_VERSION
-from lightning_fp8.data.sources import Document, inspect_file, list_files, read_documents
+from lightning_fp8.data.readers import hash_file, read_pieces
+from lightning_fp8.data.sources import list_files
 
 PREPARE = importlib.import_module("lightning_fp8.data.prepare")  # the package's attribute is the function
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu"]
@@ -29,10 +30,15 @@ def words(seed: int, count: int = 60) -> str:
 
 
 def iter_documents(sources):
-    """Every document of the readable files of the sources."""
+    """Every document that is not empty, (file, text), of the readable files of the sources."""
     for file in list_files(sources):
-        if inspect_file(file)[1]:
-            yield from (Document(file.name, text) for text in read_documents(file))
+        text = ""
+        for piece in read_pieces(file.path) if hash_file(file.path)[1] else ():
+            text += piece.text
+            if piece.is_last:
+                if text:
+                    yield file.name, text
+                text = ""
 
 
 @pytest.fixture
@@ -98,11 +104,11 @@ def test_documents_of_every_type(tmp_path: Path) -> None:
     table = pyarrow.table({"id": [1, 2, 3], "text": ["row", None, "last"]})
     pyarrow.parquet.write_table(table, folder / "c.parquet")
     assert list(iter_documents([str(folder)])) == [
-        Document("c/a.rst", "no\r\nnewline é"),
-        Document("c/b.jsonl", "first\nline"),
-        Document("c/b.jsonl", "half ? pair"),
-        Document("c/c.parquet", "row"),
-        Document("c/c.parquet", "last"),
+        ("c/a.rst", "no\r\nnewline é"),
+        ("c/b.jsonl", "first\nline"),
+        ("c/b.jsonl", "half ? pair"),
+        ("c/c.parquet", "row"),
+        ("c/c.parquet", "last"),
     ]
 
 
@@ -137,7 +143,7 @@ def test_prepared_folder_holds_the_corpus(corpus: Path, tmp_path: Path) -> None:
     assert Manifest.load(out / "manifest.json") == manifest
     assert (manifest.skipped_files, manifest.token_dtype, manifest.vocab_size) == (3, "uint16", 300)
 
-    documents = [document.text for document in iter_documents([str(corpus)])]
+    documents = [text for _, text in iter_documents([str(corpus)])]
     train, val = texts_of(out, "train"), texts_of(out, "val")
     assert sorted(train + val) == sorted(documents)
     assert train == [text for text in documents if text in train]  # in the order of the files
@@ -155,16 +161,16 @@ def test_same_inputs_give_the_same_bytes(corpus: Path, tmp_path: Path) -> None:
     first = prepare([str(corpus)], str(tmp_path / "one"), **OPTIONS, workers=1)
     second = prepare([str(corpus)], str(tmp_path / "two"), **OPTIONS, workers=3)
     assert first == second
-    chunks = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.bin"))
-    assert [str(path) for path in chunks] == ["train/chunk-0-0.bin", "val/chunk-0-0.bin"]
-    for name in (*chunks, "tokenizer.json", "manifest.json"):
+    bins = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.bin"))
+    assert [str(path) for path in bins] == ["train/chunk-0-0.bin", "val/chunk-0-0.bin"]
+    for name in (*bins, "train/index.json", "val/index.json", "tokenizer.json", "manifest.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
 def test_many_pieces_are_one_stream(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare([str(corpus)], str(tmp_path / "one"), **OPTIONS)
-    monkeypatch.setattr(PREPARE, "PIECE_TOKENS", 50)
-    monkeypatch.setattr(PREPARE, "CHUNK_BYTES", 400)
+    monkeypatch.setattr(chunks, "ITEM_TOKENS", 50)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 400)
     prepare([str(corpus)], str(tmp_path / "two"), **OPTIONS)
     assert len(list((tmp_path / "two" / "train").glob("*.bin"))) > 2
     assert tokens_of(tmp_path / "two", "train") == tokens_of(tmp_path / "one", "train")
@@ -200,14 +206,15 @@ def test_a_failure_keeps_the_prepared_folder(corpus: Path, tmp_path: Path, monke
         raise RuntimeError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(litdata, "optimize", fail)
+        patch.setattr(PREPARE, "write_chunks", fail)
         with pytest.raises(RuntimeError, match="disk full"):
             prepare([str(corpus)], str(out), **OPTIONS, seed=1)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.unfinished", "corpus", "out"]
 
     (out / "manifest.json").unlink()  # as an unfinished folder looks
     assert prepare([str(corpus)], str(out), **OPTIONS) == first
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "out"]
 
 
 @pytest.mark.parametrize("held", ["notes.txt", "train/photo.jpg"])

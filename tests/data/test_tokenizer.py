@@ -6,8 +6,6 @@ import torch
 from tokenizers import Tokenizer
 
 from lightning_fp8.data import END_OF_TEXT, load_tokenizer, token_bytes, train_tokenizer
-from lightning_fp8.data.sources import Document
-from lightning_fp8.data.tokenizer import encode_documents
 
 TEXTS = [
     "def add(a, b):\n\treturn a + b\n" * 20,
@@ -81,21 +79,3 @@ def test_load_errors(tokenizer: Tokenizer, tmp_path) -> None:
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="not byte-level"):
         load_tokenizer(path)
-
-
-@pytest.mark.parametrize("workers", [1, 3])
-def test_encode_documents_keeps_order_and_ends_each(tokenizer: Tokenizer, workers: int, monkeypatch) -> None:
-    monkeypatch.setattr("lightning_fp8.data.tokenizer.BATCH_CHARACTERS", 60)
-    documents = [Document(f"f{i}", text) for i, text in enumerate(TEXTS * 5)]
-    encoded = list(encode_documents(tokenizer, iter(documents), workers))
-    assert [document for document, _ in encoded] == documents
-    for document, ids in encoded:
-        assert ids.tolist() == [*tokenizer.encode(document.text).ids, 0]
-
-
-def test_encode_documents_reads_only_a_little_ahead(tokenizer: Tokenizer, monkeypatch) -> None:
-    monkeypatch.setattr("lightning_fp8.data.tokenizer.BATCH_CHARACTERS", 1)
-    read = []
-    documents = (read.append(i) or Document("f", "text") for i in range(1000))
-    next(encode_documents(tokenizer, documents, 2))
-    assert len(read) <= 6

@@ -1,0 +1,114 @@
+"""A prepared folder, on disk or behind a URL, as blocks of tokens at random access.
+
+The chunks have litdata's format. Those behind a URL are fetched by litdata's own downloaders, one whole chunk at a
+time, into its cache folder (`LITDATA_CACHE_DIR`), with the credentials its conventions use; hence `s3://`, `gs://`,
+`azure://`, `r2://`, `hf://` and `local:`. They are read by position and not through `litdata.StreamingDataset`, whose
+order depends on the number of loader workers, and which reads only Parquet from `hf://`. Every node keeps what it
+fetched: as much disk as the part of the set it has read, two bytes a token or four.
+"""
+
+import hashlib
+import json
+import os
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import torch
+from litdata.streaming.downloader import get_downloader
+from litdata.utilities.dataset_utilities import get_default_cache_dir
+
+from lightning_fp8.data.chunks import INDEX_NAME
+from lightning_fp8.data.manifest import MANIFEST_NAME, Manifest
+
+URL_PREFIXES = ("s3://", "gs://", "azure://", "r2://", "hf://", "local:")
+OPEN_CHUNKS = 64  # maps kept open by each reader
+
+
+class TokenFolder:
+    """A folder that `prepare` wrote, or a copy of it behind a URL.
+
+    Args:
+        path: The folder or its URL.
+
+    Raises:
+        ValueError: It is not prepared, or cannot be fetched.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._is_remote = path.startswith(URL_PREFIXES)
+        self._cache = Path()
+        if self._is_remote:
+            # As litdata does with its index: fetched anew each time, and what it describes is cached under its content.
+            root = Path(get_default_cache_dir(), hashlib.md5(path.encode(), usedforsecurity=False).hexdigest())
+            fetched = root / f"{MANIFEST_NAME}.{os.getpid()}"
+            self._fetch(MANIFEST_NAME, fetched)
+            self.manifest = Manifest.load(fetched)
+            fetched.unlink()
+            self._cache = root / self.manifest.fingerprint
+        else:
+            self.manifest = Manifest.load(Path(path.removeprefix("file://"), MANIFEST_NAME))
+
+    def file(self, name: str) -> Path:
+        """A file of the folder, fetched first if it is not here.
+
+        Raises:
+            ValueError: It cannot be fetched.
+        """
+        if not self._is_remote:
+            return Path(self.path.removeprefix("file://"), name)
+        local = self._cache / name
+        if not local.exists():
+            self._fetch(name, local)
+        return local
+
+    def _fetch(self, name: str, local: Path) -> None:
+        local.parent.mkdir(parents=True, exist_ok=True)
+        url = f"{self.path.rstrip('/')}/{name}"
+        # Its own name for each process: two that fetch the same chunk do the work twice, and neither waits or fails.
+        partial = local.with_name(f"{local.name}.{os.getpid()}.part")
+        try:
+            get_downloader(self.path, str(local.parent), []).download_file(url, str(partial))
+            os.replace(partial, local)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"Reading {url} needs a package that is not installed: {error}") from error
+        except Exception as error:  # each service has its own
+            raise ValueError(f"{url} cannot be read ({type(error).__name__}: {error}).") from error
+
+
+class TokenBlocks:
+    """Blocks of `block_size` tokens of one split; blocks do not cross chunks.
+
+    Args:
+        folder: The folder.
+        split: "train" or "val".
+        block_size: Tokens in a block.
+    """
+
+    def __init__(self, folder: TokenFolder, split: str, block_size: int) -> None:
+        self._folder = folder
+        self._split = split
+        self._block_size = block_size
+        self._dtype = np.dtype(folder.manifest.token_dtype)
+        chunks = json.loads(folder.file(f"{split}/{INDEX_NAME}").read_text(encoding="utf-8"))["chunks"]
+        # A header of uint32: the number of items, and one offset more than there are items.
+        self._files = [(f"{split}/{chunk['filename']}", 4 * (chunk["chunk_size"] + 2)) for chunk in chunks]
+        self.chunk_sizes = tuple(chunk["dim"] // block_size for chunk in chunks)
+        self._maps: OrderedDict[int, np.memmap] = OrderedDict()
+
+    def __len__(self) -> int:
+        return sum(self.chunk_sizes)
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_maps": OrderedDict()}  # each process opens its own
+
+    def read(self, chunk: int, block: int) -> torch.Tensor:
+        """Block number `block` of a chunk, an int64 tensor [block_size]."""
+        if chunk not in self._maps:
+            name, offset = self._files[chunk]
+            self._maps[chunk] = np.memmap(self._folder.file(name), self._dtype, "r", offset)
+            if len(self._maps) > OPEN_CHUNKS:
+                self._maps.popitem(last=False)
+        start = block * self._block_size
+        return torch.from_numpy(self._maps[chunk][start : start + self._block_size].astype(np.int64))

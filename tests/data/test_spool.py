@@ -1,0 +1,234 @@
+"""What a killed preparation leaves, and that the next one makes the same bytes of it."""
+
+import importlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lightning_fp8.data import prepare
+from lightning_fp8.data.words import word_encoder
+
+OPTIONS = {"vocab_size": 300, "val_fraction": 0.3}
+# Commits as often as it can, so that a kill can fall between any two steps.
+RUN = """
+import resource, sys
+from lightning_fp8.data import prepare, spool, encoding
+spool.COMMIT_SECONDS = float(sys.argv[4])
+encoding.BATCH_CHARACTERS = int(sys.argv[5])
+print("started", flush=True)
+prepare([sys.argv[1]], sys.argv[2], vocab_size=300, val_fraction=0.3, workers=int(sys.argv[3]),
+        tokenizer=sys.argv[6] if len(sys.argv) > 6 else None)
+peak = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+print("peak", peak)
+"""
+
+
+PREPARE = importlib.import_module("lightning_fp8.data.prepare")  # the package's attribute is the function
+WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu"]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def write_corpus(folder: Path, documents: int) -> None:
+    folder.mkdir()
+    for number in range(8):
+        texts = (" ".join(random.Random(seed).choices(WORDS, k=200)) for seed in range(number, documents, 8))
+        (folder / f"{number}.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in texts))
+
+
+def start(*arguments: object) -> "subprocess.Popen[str]":
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN, *map(str, arguments)], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "started\n"
+    return process
+
+
+def is_committed(folder: Path) -> bool:
+    return (folder / ".out.unfinished" / "journal.json").exists()
+
+
+class Killed(BaseException):
+    """Stands for a kill in this process: nothing may catch it."""
+
+
+@pytest.mark.parametrize("after", [0, 3, 17, 30])
+@pytest.mark.parametrize("step", ["piece", "write", "commit"])
+def test_stopped_anywhere_and_started_again_gives_the_same_bytes(
+    after: int, step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_corpus(tmp_path / "corpus", 40)
+    whole = prepare([str(tmp_path / "corpus")], str(tmp_path / "whole"), **OPTIONS, workers=1)
+    calls = 0
+
+    def stop_at(function):
+        def call(*args, **options):
+            nonlocal calls
+            calls += 1
+            if calls > after:
+                raise Killed
+            return function(*args, **options)
+
+        return call
+
+    def encoder(encode):
+        return lambda *args: stop_at(encode(*args))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning_fp8.data.spool.COMMIT_SECONDS", 0.0)
+        if step == "piece":
+            patch.setattr("lightning_fp8.data.encoding.word_encoder", encoder(word_encoder))
+        elif step == "write":
+            patch.setattr("os.replace", stop_at(os.replace))
+        else:
+            patch.setattr("os.fsync", stop_at(os.fsync))
+        with pytest.raises(Killed):
+            prepare([str(tmp_path / "corpus")], str(tmp_path / "out"), **OPTIONS, workers=1)
+    assert prepare([str(tmp_path / "corpus")], str(tmp_path / "out"), **OPTIONS, workers=1) == whole
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_a_resumed_preparation_does_not_tokenise_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_corpus(tmp_path / "corpus", 40)
+    encoded: list[str] = []
+    limit = [25]
+
+    def counting(*args):
+        encode = word_encoder(*args)
+
+        def call(text: str) -> bytes:
+            if len(encoded) >= limit[0]:
+                raise Killed
+            encoded.append(text)
+            return encode(text)
+
+        return call
+
+    monkeypatch.setattr("lightning_fp8.data.encoding.word_encoder", counting)
+    monkeypatch.setattr("lightning_fp8.data.spool.COMMIT_SECONDS", 0.0)
+    with pytest.raises(Killed):
+        prepare([str(tmp_path / "corpus")], str(tmp_path / "out"), **OPTIONS, workers=1)
+    limit[0] = 1000
+    prepare([str(tmp_path / "corpus")], str(tmp_path / "out"), **OPTIONS, workers=1)
+    assert len(encoded) == len(set(encoded)) == 40  # one commit a piece, so none twice
+
+
+def test_work_of_other_inputs_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_corpus(tmp_path / "corpus", 40)
+    source, out = str(tmp_path / "corpus"), str(tmp_path / "out")
+    prepare([source], out, **OPTIONS)
+    with monkeypatch.context() as patch:
+        patch.setattr(PREPARE, "write_chunks", None)
+        with pytest.raises(TypeError):
+            prepare([source], out, **OPTIONS, seed=1)
+    manifest = prepare([source], out, **OPTIONS, seed=2)
+    assert manifest == prepare([source], str(tmp_path / "fresh"), **OPTIONS, seed=2)
+    assert content(tmp_path / "out") == content(tmp_path / "fresh")
+
+
+def test_killed_while_the_folders_changed_places(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus", 40)
+    source, out = str(tmp_path / "corpus"), tmp_path / "out"
+    first = prepare([source], str(out), **OPTIONS)
+    work = tmp_path / ".out.unfinished"
+    work.mkdir()
+    (work / "inputs.json").write_text('{"fingerprint": "that of the replacement"}')
+    out.rename(work / "replaced")
+    assert prepare([source], str(out), **OPTIONS, seed=1).seed == 1
+    assert not work.exists()
+
+    work.mkdir()  # killed right after the folder was put in place
+    assert prepare([source], str(out), **OPTIONS, seed=1).seed == 1
+    assert not work.exists()
+    assert prepare([source], str(out), **OPTIONS) == first
+
+
+def test_two_at_once_are_refused(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus", 40)
+    (tmp_path / ".out.unfinished").mkdir()
+    holder = (
+        "import fcntl, sys\nfile = open(sys.argv[1], 'w')\nfcntl.lockf(file, fcntl.LOCK_EX)\n"
+        "print('held', flush=True)\nsys.stdin.read()"
+    )
+    lock = str(tmp_path / ".out.unfinished" / "lock")
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match="Another process is preparing"):
+            prepare([str(tmp_path / "corpus")], str(tmp_path / "out"), **OPTIONS)
+        process.kill()
+    prepare([str(tmp_path / "corpus")], str(tmp_path / "out"), **OPTIONS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_sigkill_at_random_points(workers: int, tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus", 3000)
+    options = (workers, 0.05, 20_000)
+    whole = start(tmp_path / "corpus", tmp_path / "whole", *options)
+    began = time.monotonic()  # after the imports
+    assert whole.wait() == 0
+    seconds = time.monotonic() - began
+    generator, kills, committed = random.Random(workers), 0, 0
+    while kills < 3:
+        process = start(tmp_path / "corpus", tmp_path / "out", *options)
+        try:
+            process.wait(generator.uniform(0, 0.6 * seconds))
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            kills += 1
+            committed += is_committed(tmp_path)
+        else:  # it was quicker than the kill: from the start again
+            shutil.rmtree(tmp_path / "out")
+        deadline = time.monotonic() + 10
+        while workers > 1 and _group_is_alive(process.pid):
+            assert time.monotonic() < deadline, "workers outlive their parent"
+            time.sleep(0.05)
+    assert committed
+    assert start(tmp_path / "corpus", tmp_path / "out", *options).wait() == 0
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "out", "whole"]
+
+
+def _group_is_alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("kind", ["documents", "one file"])
+def test_memory_does_not_grow_with_the_text(kind: str, workers: int, tmp_path: Path) -> None:
+    peaks = []
+    for documents in (8_000, 32_000):  # 10 and 40 MB
+        corpus = tmp_path / f"corpus{documents}"
+        write_corpus(corpus, documents)
+        if kind == "one file":
+            text = "".join(file.read_text() for file in corpus.iterdir())
+            for file in corpus.iterdir():
+                file.unlink()
+            (corpus / "long.txt").write_text(text)
+            for i in range(20):
+                (corpus / f"{i}.txt").write_text("short")
+        process = start(corpus, tmp_path / f"out{documents}", workers, 5.0, 1 << 19)
+        assert process.stdout
+        said = process.stdout.read()
+        assert process.wait() == 0
+        peaks.append(int(said.split("peak")[1]) / 1024)
+    assert peaks[1] - peaks[0] < 40, peaks  # MiB
