@@ -123,6 +123,10 @@ def assembly(launched, capability, folder):
     return Assembly(Counter(code), usage, text["ttir"], text["ptx"], kernel.metadata.shared, threads)
 
 
+# Triton 3.6 computes codes a second time rather than turn them in shared memory, and is held to twice the budget.
+ALLOWANCE = 1 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 2
+
+
 class Case(NamedTuple):
     tile: tuple
     power_of_two: bool = False
@@ -172,7 +176,7 @@ def check(case, capability, folder):
             conversion = f"cvt.rn.satfinite.{case.format.name}x2.f32"
             assert made.ptx.count(conversion) >= held / made.threads / 2
             assert made.count(rf"F2FP\.SATFINITE\.{case.format.name.upper()}.*") >= held / made.threads / 2
-        assert sum(made.counts.values()) * made.threads / held <= case.budget
+        assert sum(made.counts.values()) * made.threads / held <= case.budget * ALLOWANCE
 
 
 def elements(launched):
