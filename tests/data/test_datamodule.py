@@ -278,7 +278,8 @@ def is_of_second(blocks: torch.Tensor, prepared: Path) -> list[bool]:
     return [bool(set("xyz") & set(bpe.decode(block.tolist()))) for block in blocks]
 
 
-def test_sets_are_mixed_by_weight(prepared: Path, second: Path) -> None:
+def test_sets_are_mixed_by_weight(prepared: Path, second: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_fp8.data.order.CYCLE", 64)
     data = mixed(prepared, second)
     loader = data.train_dataloader()
     assert data.set_names == ["data", "other"]
@@ -288,8 +289,9 @@ def test_sets_are_mixed_by_weight(prepared: Path, second: Path) -> None:
     share = sum(taken) / len(taken)
     assert share == pytest.approx(1 / 4, abs=4 * (3 / 16 / len(taken)) ** 0.5)
     # Each set goes through whole passes: every block as often as every other, but for the pass under way.
-    for which in (False, True):
-        counts = Counter(tuple(block.tolist()) for block, of in zip(blocks, taken, strict=True) if of is which)
+    for which, blocks_of in enumerate(data._blocks("train")):
+        counts = Counter(tuple(block.tolist()) for block, of in zip(blocks, taken, strict=True) if of == which)
+        assert len(counts) == len(blocks_of)
         assert max(counts.values()) - min(counts.values()) <= 1
 
 

@@ -1,9 +1,9 @@
 """What a killed preparation leaves, and that the next one makes the same bytes of it."""
 
 import importlib
+import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -52,10 +52,6 @@ def start(*arguments: object) -> "subprocess.Popen[str]":
     assert process.stdout
     assert process.stdout.readline() == "started\n"
     return process
-
-
-def is_committed(folder: Path) -> bool:
-    return (folder / ".out.unfinished" / "journal.json").exists()
 
 
 class Killed(BaseException):
@@ -175,32 +171,29 @@ def test_two_at_once_are_refused(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_sigkill_at_random_points(workers: int, tmp_path: Path) -> None:
-    write_corpus(tmp_path / "corpus", 3000)
-    options = (workers, 0.05, 20_000)
-    whole = start(tmp_path / "corpus", tmp_path / "whole", *options)
-    began = time.monotonic()  # after the imports
-    assert whole.wait() == 0
-    seconds = time.monotonic() - began
-    generator, kills, committed = random.Random(workers), 0, 0
-    while kills < 3:
+    write_corpus(tmp_path / "corpus", 4000)
+    options = (workers, 0.01, 20_000)
+    assert start(tmp_path / "corpus", tmp_path / "whole", *options).wait() == 0
+    points = sorted(random.Random(workers).sample(range(3500), 3))
+    for point in points:
         process = start(tmp_path / "corpus", tmp_path / "out", *options)
-        try:
-            process.wait(generator.uniform(0, 0.6 * seconds))
-        except subprocess.TimeoutExpired:
-            os.kill(process.pid, signal.SIGKILL)
-            process.wait()
-            kills += 1
-            committed += is_committed(tmp_path)
-        else:  # it was quicker than the kill: from the start again
-            shutil.rmtree(tmp_path / "out")
+        while _committed_pieces(tmp_path) < point:
+            assert process.poll() is None, f"ended before piece {point}"
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        assert not (tmp_path / "out").exists()
         deadline = time.monotonic() + 10
-        while workers > 1 and _group_is_alive(process.pid):
+        while _group_is_alive(process.pid):
             assert time.monotonic() < deadline, "workers outlive their parent"
             time.sleep(0.05)
-    assert committed
     assert start(tmp_path / "corpus", tmp_path / "out", *options).wait() == 0
     assert content(tmp_path / "out") == content(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "out", "whole"]
+
+
+def _committed_pieces(folder: Path) -> int:
+    journal = folder / ".out.unfinished" / "journal.json"
+    return json.loads(journal.read_text())["pieces"] if journal.exists() else -1
 
 
 def _group_is_alive(group: int) -> bool:
