@@ -36,7 +36,7 @@ from rich.progress import (
 from lightning_fp8.data.chunks import write_chunks
 from lightning_fp8.data.encoding import encode_pieces
 from lightning_fp8.data.manifest import MANIFEST_NAME, MANIFEST_VERSION, Manifest, write_json
-from lightning_fp8.data.readers import hash_file
+from lightning_fp8.data.readers import hash_file, in_slices
 from lightning_fp8.data.sources import (
     TRAIN,
     VAL,
@@ -60,6 +60,7 @@ REPLACED_NAME = "replaced"
 UINT16_VOCABULARY = 1 << 16
 # More text hardly changes the tokens and keeps all cores waiting.
 TOKENIZER_BYTES = 1 << 28
+_SLICE_CHARACTERS = 1 << 14
 
 
 def prepare(
@@ -216,7 +217,8 @@ def _sample(pieces: Iterator[SplitPiece], size: int) -> Iterator[str]:
         if left <= 0:
             return
         left -= len(text)
-        yield text
+        # The trainer holds a number of strings before it counts them, however long they are.
+        yield from in_slices(text, _SLICE_CHARACTERS)
 
 
 def _write_folder(work: Path, manifest: Manifest) -> Path:

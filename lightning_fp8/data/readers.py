@@ -118,6 +118,14 @@ def _last_word_end(text: str) -> int:
     return 0
 
 
+def in_slices(text: str, characters: int) -> Iterator[str]:
+    """`text` in slices of at most so many characters, each ending with a word, or whole where no word ends."""
+    while len(text) > characters and (end := _last_word_end(text[:characters])):
+        yield text[:end]
+        text = text[end:]
+    yield text
+
+
 def _cut(text: str, source_bytes: int) -> Iterator[Piece]:
     """A whole document in pieces."""
     while len(text) > PIECE_CHARACTERS and (end := _last_word_end(text[:PIECE_CHARACTERS])):
