@@ -86,8 +86,8 @@ def _scales(a: Quantized, b: Quantized, kind: str, m_padding: int) -> tuple[Tens
     """The scales of a and b in the layouts that `scaled_mm` wants."""
     if kind == "tensor":
         return a.scale, b.scale
-    if kind == "row":
-        return _row_major(a.scale), _row_major(b.scale)
+    if kind == "row":  # lines whose strides are those of their shape, without a copy
+        return a.scale.flatten().unsqueeze(1), b.scale.flatten().unsqueeze(0)
     if kind == "mx_1x32":
         return swizzle_mx_scales(a.scale), swizzle_mx_scales(b.scale.t())
     scale_a = _column_major(F.pad(a.scale, (0, 0, 0, m_padding), value=1.0) if m_padding else a.scale)
