@@ -91,9 +91,13 @@ def main() -> None:
         print(f"{name:14} {median * 1e3:9.2f} {low * 1e3:9.2f}-{high * 1e3:9.2f} {ratio:7.2f}  {gemms}")
         results[name] = {"seconds": median, "quartiles": [low, high], "per_bf16": ratio, "gemms": gemms}
     if args.json:
-        setting = {key: str(value) for key, value in vars(args).items() if key != "json"}
-        machine = {"device": hardware.describe_device(), "cpu": platform.processor(), "torch": torch.__version__}
-        args.json.write_text(json.dumps({**machine, **setting, "arms": results}, indent=2) + "\n")
+        setting = {key: value for key, value in vars(args).items() if key != "json"}
+        machine = {
+            "machine": hardware.describe_device(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        }
+        args.json.write_text(json.dumps({**machine, "setting": setting, "arms": results}, indent=2) + "\n")
 
 
 def _backend(preset: str, device: str) -> str:

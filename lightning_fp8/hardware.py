@@ -4,6 +4,7 @@ from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
+from importlib import metadata
 from importlib.util import find_spec
 
 import torch
@@ -102,7 +103,13 @@ torch.compiler.assume_constant_result(runs_kernels)  # a compiled graph cannot a
 def _runs_kernels() -> bool:
     if not torch.cuda.is_available() or torch.version.hip or find_spec("triton") is None:
         return False
-    return torch.cuda.get_device_capability() >= (8, 9)
+    capability = torch.cuda.get_device_capability()
+    # On sm_89 Triton 3.6 converts to FP8 in software of its own, whose roundings nobody has proved.
+    return capability >= (9, 0) or (capability == (8, 9) and _version_of("triton") >= (3, 9))
+
+
+def _version_of(package: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in metadata.version(package).split(".")[:2])
 
 
 def device_of(x: torch.Tensor) -> AbstractContextManager[object]:
