@@ -51,8 +51,9 @@ def fit(folder: Path, data: Path, callbacks: list[Callback], model: DecoderLM | 
 @pytest.fixture(scope="module")
 def run(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("runs") / "report"
-    trainer = fit(folder, prepared, [RunReport()])
-    return SimpleNamespace(folder=folder, trainer=trainer, summary=json.loads((folder / "summary.json").read_text()))
+    trainer, threads = fit(folder, prepared, [RunReport()]), torch.get_num_threads()
+    summary = json.loads((folder / "summary.json").read_text())
+    return SimpleNamespace(folder=folder, trainer=trainer, summary=summary, threads=threads)
 
 
 def test_summary_has_the_documented_keys(run: Any) -> None:
@@ -70,14 +71,17 @@ def test_summary_repeats_what_was_logged(run: Any) -> None:
 
 
 def test_the_number_of_threads_is_recorded_and_another_is_warned_of(run: Any, tmp_path: Path) -> None:
-    assert run.summary["torch_threads"] == torch.get_num_threads() == 1
+    threads = run.summary["torch_threads"]
+    assert threads == run.threads
+    torch.set_num_threads(threads)
     run.trainer.save_checkpoint(tmp_path / "last.ckpt")
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]["RunReport"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         RunReport().load_state_dict(state)
-    torch.set_num_threads(2)
-    with pytest.warns(UserWarning, match=r"made with 1 torch threads and goes on with 2.*OMP_NUM_THREADS=1"):
+    torch.set_num_threads(threads + 1)
+    expected = rf"made with {threads} torch threads and goes on with {threads + 1}.*OMP_NUM_THREADS={threads}"
+    with pytest.warns(UserWarning, match=expected):
         RunReport().load_state_dict(state)
 
 
