@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import json
+import logging
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def lightning_logs_reach_caplog(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some releases of Lightning keep what they log to themselves."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
 
 
 @pytest.fixture(scope="session")
