@@ -106,7 +106,7 @@ class TokenLoader(DataLoader[torch.Tensor]):
         per_process, size = blocks // self._batches.world_size, self._batches.batch_size
         return per_process // size if self._batches.drop_last else -(-per_process // size)
 
-    def __iter__(self) -> Iterator[torch.Tensor]:  # type: ignore[override]  # torch names its own iterator class
+    def __iter__(self) -> Any:  # an Iterator[Tensor]; torch names a class of its own
         if not self._is_resumed:
             self._epoch_done = 0
         blocks = len(self._batches.order) - self._epoch_done
