@@ -40,15 +40,6 @@ def observe(state, *amaxes):
             state.observe(role, torch.tensor(amax))
 
 
-def train(layer, x, dy):
-    """Forward and backward; returns y, dx and dw of this pass alone."""
-    layer.zero_grad()
-    x = x.detach().clone().requires_grad_()
-    y = layer(x)
-    y.backward(dy)
-    return y.detach(), x.grad, layer.weight.grad
-
-
 def same(a, b):
     """Every tensor of two states is the same bit for bit."""
     pairs = zip(

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_fp8 import convert_linears, fp8_autocast
 from lightning_fp8.compute import FP8Linear, end_step, restore_linears
 from lightning_fp8.compute.gemm import fp8_gemm
-from lightning_fp8.compute.recipe import PRESETS, ROLES
+from lightning_fp8.compute.recipe import PRESETS
 from lightning_fp8.compute.scaling import DelayedScales
 from lightning_fp8.numerics import E4M3, E5M2, Quantized, quantize
 from lightning_fp8.numerics.quantize import quantize_to
@@ -36,13 +36,6 @@ def batch(*shape, seed=1, scale=1.0, requires_grad=True):
 
 def largest(x):
     return x.detach().abs().max().item()
-
-
-def observe(state, *amaxes):
-    """One pass: an amax for each operand, None where it was not seen."""
-    for role, amax in zip(ROLES, amaxes, strict=True):
-        if amax is not None:
-            state.observe(role, torch.tensor(amax))
 
 
 def train(layer, x, dy):

@@ -151,7 +151,6 @@ def test_layers_learn_the_same_through_the_operator(preset, monkeypatch):
         assert torch.equal(actual, value)
 
 
-@pytest.mark.skipif(torch.__version__ < "2.13", reason="torch 2.11's compiler does not know context variables")
 @pytest.mark.parametrize("preset", ["tensorwise", "delayed", "blockwise"])
 def test_compilers_see_the_operator(preset, by_operator):
     expected = trained(preset)
