@@ -60,15 +60,18 @@ def test_three_gemms_are_products_of_the_cast_operands(shape, dtype, preset):
     assert y.dtype is x.grad.dtype is layer.weight.grad.dtype is dtype
 
 
-def test_fp8_is_really_used():
-    layer, x = linear(), batch(16, 64)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_fp8_is_really_used(preset):
+    layer, x, recipe = linear(recipe=preset), batch(16, 64), PRESETS[preset]
     with record_gemms() as gemms:
         layer(x).sum().backward()
-    assert [(g.m, g.k, g.n, g.a_dtype, g.b_dtype) for g in gemms] == [
-        (16, 64, 32, E4, E4),  # y = x w^T
-        (16, 32, 64, E5, E4),  # dx = dy w
-        (32, 16, 64, E5, E4),  # dw = dy^T x
-    ]
+    dy = {"e4m3": E4, "e5m2": E5}[recipe.grad_output.format]
+    expected = {
+        "forward": (16, 64, 32, E4, E4, "emulated"),  # y = x w^T
+        "input_grad": (16, 32, 64, dy, E4, "emulated"),  # dx = dy w
+        "weight_grad": (32, 16, 64, dy, E4, "emulated"),  # dw = dy^T x
+    }
+    assert gemms == [record for gemm, record in expected.items() if recipe.uses_fp8(gemm)]
 
 
 @pytest.mark.parametrize("gemm", ["forward", "input_grad", "weight_grad"])
