@@ -23,6 +23,8 @@ DECODER_FILES = (
     "rope",
     "norm",
     "masks",
+    "scores",
+    "smooth",
     "cache",
     "attention",
     "loss",

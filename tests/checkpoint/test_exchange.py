@@ -290,6 +290,9 @@ def test_a_mistake_is_one_line(
 def test_what_no_family_has_is_refused(tmp_path: Path) -> None:
     for config, said in (
         (replace(SHAPE, logit_softcap=30.0), "logit_softcap cannot be exported"),
+        (replace(SHAPE, clipped_softmax=(-0.03, 1.0)), "clipped_softmax cannot be exported"),
+        (replace(SHAPE, attention_sink=True), "attention_sink cannot be exported"),
+        (replace(SHAPE, layer_scale=True), "layer_scale cannot be exported"),
         (replace(SHAPE, mlp_bias=True), "No family of Hugging Face's has qk_norm=True"),
     ):
         path = tmp_path / said[:6] / "checkpoints/last.ckpt"
@@ -297,3 +300,15 @@ def test_what_no_family_has_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=said):
             export_checkpoint(str(path), str(tmp_path / "hf"))
         assert not (tmp_path / "hf").exists()
+
+
+def test_what_changes_training_alone_is_exported_as_the_plain_model(tmp_path: Path) -> None:
+    for name, config in (
+        ("plain", SHAPE),
+        ("trained otherwise", replace(SHAPE, smooth_swiglu=True, z_loss=1e-4, activation_l2=1e-5)),
+    ):
+        save(config, tmp_path / name / "checkpoints/last.ckpt")
+        export_checkpoint(str(tmp_path / name / "checkpoints/last.ckpt"), str(tmp_path / f"{name} hf"))
+    for file in ("config.json", "model.safetensors"):
+        exported = [(tmp_path / f"{name} hf" / file).read_bytes() for name in ("plain", "trained otherwise")]
+        assert exported[0] == exported[1]
