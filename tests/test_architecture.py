@@ -27,6 +27,7 @@ DECODER_FILES = (
     "smooth",
     "cache",
     "attention",
+    "flex",
     "loss",
     "recompute",
     "decoder",

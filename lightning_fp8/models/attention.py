@@ -12,15 +12,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask
 
 from lightning_fp8.models.cache import KVCache
 from lightning_fp8.models.config import DecoderConfig
+from lightning_fp8.models.flex import attend, block_mask
 from lightning_fp8.models.masks import causal_mask
 from lightning_fp8.models.norm import RMSNorm
 from lightning_fp8.models.rope import rotary_tables, rotate
 from lightning_fp8.models.scores import Attended, explicit_attention, with_sink
 
 Tables = tuple[Tensor, Tensor]
+Mask = Tensor | BlockMask | None
 
 
 class Sight(NamedTuple):
@@ -35,14 +38,18 @@ class Sight(NamedTuple):
 
     queries: Tables
     keys: Tables
-    masks: dict[int | None, Tensor | None]
+    masks: dict[int | None, Mask]
     cache: KVCache | None = None
 
 
 def sight_of_text(length: int, config: DecoderConfig, documents_bt: Tensor | None, device: torch.device) -> Sight:
     """The sight of tokens [B, `length`] that begin a text; see `masks` for the documents [B, T]."""
     tables = rotary_tables(torch.arange(length, device=device), config)
-    masks = {window: causal_mask(length, window, documents_bt, device) for window in _windows(config)}
+    masks: dict[int | None, Mask] = {}
+    for window in _windows(config):
+        plain = documents_bt is None and (window is None or window >= length)
+        make = block_mask if device.type == "cuda" and not plain and not _changes_scores(config) else causal_mask
+        masks[window] = make(length, window, documents_bt, device)
     return Sight(tables, tables, masks)
 
 
@@ -50,12 +57,16 @@ def sight_of_cache(length: int, config: DecoderConfig, lengths_b: Tensor | None,
     """The sight of `length` new tokens a row, of which `lengths_b` [B] are no padding, after those in `cache`."""
     query_bt, key_bu, seen_btu = cache.place(length, lengths_b)
     distance_btu = query_bt[..., None] - key_bu[:, None]
-    masks: dict[int | None, Tensor | None] = {
+    masks: dict[int | None, Mask] = {
         window: (seen_btu if window is None else seen_btu & (distance_btu < window))[:, None]
         for window in _windows(config)
     }
     queries, keys = (rotary_tables(positions[:, None], config) for positions in (query_bt, key_bu))
     return Sight(queries, keys, masks, cache)
+
+
+def _changes_scores(config: DecoderConfig) -> bool:
+    return config.attention_sink or config.attention_softcap is not None or config.clipped_softmax is not None
 
 
 def _windows(config: DecoderConfig) -> set[int | None]:
@@ -92,7 +103,11 @@ class Attention(nn.Module):
             # Torch's backward of bf16 attention takes five to seven times as long as that of fp32 on CPUs without
             # matrix units (measured at T = 128 and 256).
             q_bhts, k_bkus, v_bkus = q_bhts.float(), k_bkus.float(), v_bkus.float()
-        y_bhts = self._attend(Attended(q_bhts, k_bkus, v_bkus, sight.masks[self.window]))
+        mask = sight.masks[self.window]
+        if isinstance(mask, BlockMask):
+            y_bhts = attend(q_bhts, k_bkus, v_bkus, mask, self.head_size**-0.5)
+        else:
+            y_bhts = self._attend(Attended(q_bhts, k_bkus, v_bkus, mask))
         y_btd: Tensor = self.o_proj(y_bhts.transpose(1, 2).flatten(2).to(x_btd.dtype))
         return y_btd
 
