@@ -54,7 +54,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "models.fp8_store": ("models.cache", "numerics"),
     "models.text_stream": (),
     "models.accounting": ("models.config", "models.decoder"),
-    "checkpoint": ("models", "numerics"),
+    "checkpoint": ("models", "numerics", "data.tokenizer"),
     "callbacks": ("*",),
     "cli": ("*", "cli"),
 }

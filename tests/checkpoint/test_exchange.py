@@ -100,6 +100,16 @@ def test_what_transformers_saves_is_imported(config: DecoderConfig, tmp_path: Pa
         assert torch.equal(back.state_dict()[name], weight), name
 
 
+def test_the_end_of_a_published_tokenizer_is_not_its_beginning(ckpt: Path, tmp_path: Path) -> None:
+    """Llama 3 lists the token that begins a text first."""
+    file = ckpt.parent.parent / "tokenizer.json"
+    content = json.loads(file.read_text().replace("<|endoftext|>", "<|begin_of_text|>"))
+    content["added_tokens"].append({**content["added_tokens"][0], "id": 299, "content": "<|end_of_text|>"})
+    file.write_text(json.dumps(content))
+    export_checkpoint(str(ckpt), str(tmp_path / "hf"))
+    assert json.loads((tmp_path / "hf/config.json").read_text())["eos_token_id"] == 299
+
+
 def test_the_tokenizer_goes_along(ckpt: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     export_checkpoint(str(ckpt), str(tmp_path / "hf"))
