@@ -5,7 +5,7 @@ small learning rate adds; a schedule that ends in bf16 has to know where the end
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
@@ -28,7 +28,7 @@ def check_owns_all(model: nn.Module, optimizer: Optimizer) -> None:
         )
 
 
-def check_owns_some(modules: list[nn.Module], optimizer: Optimizer) -> None:
+def check_owns_some(modules: Collection[nn.Module], optimizer: Optimizer) -> None:
     """For Fabric, where an optimizer may train other things as well.
 
     Raises:

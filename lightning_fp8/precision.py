@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import zip_longest
 from typing import Any, Literal
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from lightning.fabric.plugins.precision import Precision as FabricPrecision
@@ -114,13 +114,24 @@ class FabricFP8Precision(FabricPrecision):
         self.precision = "bf16-true" if weights == "bf16" else "bf16-mixed"
         self._last_step = total_steps
         self._weights_dtype = torch.bfloat16 if weights == "bf16" else torch.float32
-        self._modules: list[nn.Module] = []  # Fabric may set up several
         self._switched_to: Phase | None = None  # what the layers run in; unknown at first
-        self._optimizers = WeakSet[Optimizer]()  # those that were checked
+        self._know_nothing()
 
     def __repr__(self) -> str:
         # FSDPStrategy refuses plugins of others by printing them: its error is to name what shards instead.
         return f"{type(self).__name__}(weights={self.weights!r}, …), which is sharded by ModelParallelStrategy"
+
+    def _know_nothing(self) -> None:
+        self._modules = WeakKeyDictionary[nn.Module, None]()  # in the order in which they were set up
+        self._optimizers = WeakSet[Optimizer]()  # those that were checked
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For processes that are given a copy, as those of `ddp_spawn`: each sets up models and optimizers itself."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_modules", "_optimizers")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._know_nothing()
 
     @property
     def phase(self) -> Phase:
@@ -161,8 +172,7 @@ class FabricFP8Precision(FabricPrecision):
             f"FP8: {len(self.report.converted)} linear layers converted, {len(self.report.kept)} kept in high"
             f" precision; weights are {self.weights}, GEMMs {self._describe_gemms()}."
         )
-        if not any(module is known for known in self._modules):
-            self._modules.append(module)
+        self._modules[module] = None
         self._switched_to = None
         return module
 
@@ -229,7 +239,7 @@ class FabricFP8Precision(FabricPrecision):
             check_total(self.bf16_last_steps, self._last_step)
         self._switch_layers()
         phase = "bf16" if evaluating and self.eval_precision == "bf16" else self.phase
-        device_type = next(self._modules[-1].parameters()).device.type
+        device_type = next((p.device.type for module in self._modules for p in module.parameters()), "cpu")
         mixed: AbstractContextManager[Any] = nullcontext()
         if self.weights == "fp32":  # without the cache, where a cast made under no_grad would cut off gradients
             mixed = torch.autocast(device_type, torch.bfloat16, cache_enabled=False)
@@ -260,8 +270,7 @@ class FP8Precision(FabricFP8Precision, Precision):
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """As in Fabric, for the one module that this fit trains."""
-        self._modules.clear()
-        self._optimizers.clear()
+        self._know_nothing()
         return super().convert_module(module)
 
     @contextmanager
@@ -270,17 +279,7 @@ class FP8Precision(FabricFP8Precision, Precision):
         with self._forward_context(evaluating=True):
             yield
 
-    @contextmanager
-    def test_step_context(self) -> Iterator[None]:
-        """As `eval_precision` says."""
-        with self._forward_context(evaluating=True):
-            yield
-
-    @contextmanager
-    def predict_step_context(self) -> Iterator[None]:
-        """As `eval_precision` says."""
-        with self._forward_context(evaluating=True):
-            yield
+    test_step_context = predict_step_context = val_step_context
 
     def connect(
         self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]

@@ -120,7 +120,8 @@ def test_two_models_resume_bit_for_bit():
     again.play(range(2, 4))
     for one, other in zip(through.nets, again.nets, strict=True):
         assert torch.equal(weights(one), weights(other))
-        assert all(torch.equal(a.fp8_scales.scale, b.fp8_scales.scale) for a, b in zip(one[::2], other[::2]))
+        for layer, twin in zip(one[::2], other[::2], strict=True):
+            assert torch.equal(layer.fp8_scales.scale, twin.fp8_scales.scale)
 
 
 def test_a_cached_weight_lasts_until_its_own_optimizer_steps(monkeypatch):

@@ -15,6 +15,14 @@ OPTIMIZERS = {"fp32": torch.optim.AdamW, "bf16": FP8AdamW}
 
 
 @pytest.fixture
+def no_group_stays():
+    """A strategy of Lightning's keeps its process group for the process, and scales would be reduced over it."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
 def ended(monkeypatch):
     """The layers whose step was ended, in order, a list for each step."""
     steps, end_step_of = [], plugins.end_step_of
@@ -97,6 +105,7 @@ def test_gradient_release_trains_as_the_plain_step_does(tmp_path):
     ],
     ids=["clipping", "accumulation", "accumulation later", "ddp"],
 )
+@pytest.mark.usefixtures("no_group_stays")
 def test_gradient_release_is_refused_where_it_cannot_work(tmp_path, options, message):
     model = Released()
     with pytest.raises(ValueError, match=message):
