@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 DTYPES = {"kByte": 0, "kInt32": 2, "kFloat32": 4, "kFloat16": 5, "kBFloat16": 6}
 DTYPES |= {"kFloat8E4M3": 7, "kFloat8E5M2": 8, "kFloat4E2M1": 10}
@@ -77,7 +78,8 @@ def generic_gemm(a: Any, ta: bool, b: Any, tb: bool, *rest: Any, **_: Any) -> tu
     out, _, dtype, bias, _, _, _, grad, _, _, accumulate, split = rest
     gemms.append(Gemm("NT"[ta] + "NT"[tb], sum(hasattr(x, "_scale_inv") for x in (a, b)), split))
     a_values, b_values = _values(a), _values(b)
-    product = (b_values.t() if tb else b_values) @ (a_values.t() if ta else a_values)
+    with _disable_current_modes():  # torch's dispatcher does not see the real ones either
+        product = (b_values.t() if tb else b_values) @ (a_values.t() if ta else a_values)
     lead = b.shape[:-1] if not tb else product.shape[:1]
     product = product.reshape(*lead, product.shape[-1])
     bias_grad = b_values.sum(0).to(bias.dtype) if grad and bias is not None else None
