@@ -9,7 +9,6 @@ from ranks import spawn
 
 
 def hang(folder):
-    (folder / str(dist.get_rank())).touch()
     if dist.get_rank() == 0:
         dist.barrier()  # which the other never comes to
     time.sleep(600)
@@ -24,9 +23,9 @@ def fail(folder):
 
 def test_processes_that_hang_are_ended(tmp_path):
     started = time.monotonic()
-    with pytest.raises(TimeoutError, match=r"2 processes were not done with hang after 20\.0 s"):
-        spawn(hang, 2, tmp_path, seconds=20.0)
-    assert time.monotonic() - started < 60
+    with pytest.raises(TimeoutError, match=r"2 processes were not done with hang after 5\.0 s"):
+        spawn(hang, 2, tmp_path, seconds=5.0)
+    assert time.monotonic() - started < 45
     assert multiprocessing.active_children() == []
 
 

@@ -181,6 +181,10 @@ def install() -> Any:
         return importlib.import_module("transformer_engine.pytorch")
 
 
+def _cpu_for(device: str) -> str:
+    return "cpu" if device == "cuda" else device
+
+
 @contextlib.contextmanager
 def cpu_taken_for_gpu(capability: tuple[int, int] = (10, 0)) -> Iterator[None]:
     """Lets Transformer Engine take the CPU for a GPU. From sm_100 on it keeps no transposed FP8 copies: less to do."""
@@ -195,6 +199,10 @@ def cpu_taken_for_gpu(capability: tuple[int, int] = (10, 0)) -> Iterator[None]:
         device |= {"get_device_properties": lambda *_: properties, "get_device_capability": lambda *_: capability}
         device |= {"is_current_stream_capturing": lambda: False}
         stack.enter_context(mock.patch.multiple(torch.cuda, **device))
+        # What it asks of the GPU's autocast is answered by the CPU's.
+        for name in ("is_autocast_enabled", "get_autocast_dtype"):
+            ask = getattr(torch, name)
+            stack.enter_context(mock.patch.object(torch, name, lambda device="cuda", ask=ask: ask(_cpu_for(device))))
         tensor = {"is_cuda": property(lambda self: True), "cuda": lambda self: self}
         stack.enter_context(mock.patch.multiple(torch.Tensor, **tensor))
         for answer in ("_FP8_SUPPORT", "_MXFP8_SUPPORT", "_FP8_BLOCK_SCALING_SUPPORT"):  # kept for another device
