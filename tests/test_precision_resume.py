@@ -34,7 +34,10 @@ class Seen(Callback):
 
 
 def fit(folder, data, recipe, seed, resume=None, weights="bf16", **options):
-    """Trains 2N steps, saving after N and 2N; returns the batches seen and the final checkpoint."""
+    """Trains 2N steps, saving after N and 2N; returns the batches seen and the final checkpoint.
+
+    With it goes what this process has itself: the checkpoint is the first one's.
+    """
     seed_everything(seed, verbose=False)
     seen = Seen()
     saves = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=N, save_top_k=-1)
@@ -54,6 +57,7 @@ def fit(folder, data, recipe, seed, resume=None, weights="bf16", **options):
     trainer.fit(model, datamodule=TokenDataModule(str(data), sequence_length=8, batch_size=2), ckpt_path=resume)
     saved = torch.load(f"{folder}/step={2 * N}.ckpt", weights_only=True)
     saved.pop("callbacks")  # paths and times
+    saved["own"] = [model.state_dict(), trainer.optimizers[0].state_dict(), plugin.state_dict()]
     return seen.batches, saved
 
 
@@ -64,6 +68,9 @@ def check_trainer(folder, data, recipe, **options):
     assert differences(whole[N * ACCUMULATE :], rest) == []
     assert not (found := differences(expected, resumed)), found
     assert expected["global_step"] == 2 * N
+    moments = expected["own"][1]["state"]
+    assert len(moments) == len(list(expected["state_dict"]))
+    assert all(value.any() for state in moments.values() for value in state.values() if value.ndim == 2)
     state = expected["FP8Precision"]
     assert state["steps"] == 2 * N
     if recipe == "delayed":
