@@ -24,7 +24,8 @@ from torch.optim import Optimizer
 
 from lightning_fp8.numerics.weights import BF16_WEIGHTS
 from lightning_fp8.optim import shards
-from lightning_fp8.optim.finite import all_finite, count_skips
+from lightning_fp8.optim.clipping import with_clipped_rates
+from lightning_fp8.optim.finite import SkippedSteps, free_to_read
 from lightning_fp8.optim.fresh import moments_of, new_state, weights_of
 from lightning_fp8.optim.groups import parameter_name
 from lightning_fp8.optim.health import Counts, Health
@@ -35,8 +36,6 @@ from lightning_fp8.optim.state import load_exactly
 from lightning_fp8.optim.step import MOMENTS
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
-
-_FREE_TO_READ = ("cpu",)  # devices whose memory the host reads without waiting
 
 
 class FP8AdamW(Optimizer):
@@ -128,7 +127,7 @@ class FP8AdamW(Optimizer):
             "compile": compile,
         }
         super().__init__(params, defaults)
-        self._skips: Tensor | None = None
+        self._skips = SkippedSteps("FP8AdamW")
         self._health: Counts | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -137,7 +136,7 @@ class FP8AdamW(Optimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
-        self._skips, self._health = None, None
+        self._skips, self._health = SkippedSteps("FP8AdamW"), None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; see `torch.optim.Optimizer.add_param_group`."""
@@ -176,15 +175,15 @@ class FP8AdamW(Optimizer):
     def _step(self, chosen: Iterable[tuple[int, Iterable[int]]]) -> None:
         """Steps the parameters that have a gradient among those `chosen` by group and index, all or none of them."""
         named = {number: list(self._named_gradients(number, indices)) for number, indices in chosen}
+        params = [p for group in named.values() for _, p in group]
+        if not params:
+            return
         grads = [_gradient(name, p) for group in named.values() for name, p in group]
-        if not grads:
+        finite = self._skips.finite(params, grads, self.defaults["max_skipped_steps"])
+        known = free_to_read(finite)
+        if known and not finite:
             return
-        finite = all_finite(grads)
-        self._count_skip(finite)
-        readable = finite.device.type in _FREE_TO_READ
-        if readable and not finite:
-            return
-        flag = None if readable else finite
+        flag = None if known else finite
         counts = [
             counted
             for number, members in named.items()
@@ -219,6 +218,8 @@ class FP8AdamW(Optimizer):
         steps = [member.state["step"] for member in members]
         if steps:
             torch._foreach_add_(steps, 1 if finite is None else [finite.to(step.device).long() for step in steps])
+        if group["clip_update_rms"] is not None:
+            members = with_clipped_rates(members, [p for _, p in named], group)
         for batch in alike(members):
             counts = step_batch(batch, group, None if finite is None else finite.to(batch[0].weight.device))
             if counts is not None:
@@ -242,19 +243,10 @@ class FP8AdamW(Optimizer):
         """Bytes a parameter of weights, gradients, moments and scales, measured on the storages of this process."""
         return measure_ledger((p for group in self.param_groups for p in group["params"]), [self])
 
-    def _count_skip(self, finite: Tensor) -> None:
-        self._skips = count_skips(self._skips, finite)
-        limit = self.defaults["max_skipped_steps"]
-        if limit is not None and int(self._skips[1]) >= limit:
-            raise FloatingPointError(
-                f"FP8AdamW: the gradients of {limit} steps in a row held NaN, inf or a number beyond 2^63. Lower the "
-                "learning rate, clip gradients, or resume from an earlier checkpoint."
-            )
-
     @property
     def skipped_steps(self) -> int:
         """Steps skipped since the optimizer was made or its state loaded; reads the device."""
-        return 0 if self._skips is None else int(self._skips[0])
+        return self._skips.total
 
     def health(self) -> Health:
         """Figures of the last step that was taken, on the device, over the groups that have `track_health`.

@@ -7,7 +7,7 @@ import pytest
 import torch
 from toy_adamw import assert_same_bits, bits_of, parameters, poison, set_grads, trained
 
-from lightning_fp8.optim import FP8AdamW, adamw
+from lightning_fp8.optim import FP8AdamW, finite
 from lightning_fp8.optim.finite import all_finite
 
 BAD = [float("nan"), float("inf"), -float("inf"), 2.0**64, -3e38]
@@ -21,7 +21,7 @@ def test_a_bad_step_leaves_no_trace(value, at, masked, rounding, monkeypatch):
     """Bit-equal to a run that never saw it, on the path of CPUs and on the one that asks no device."""
     expected = bits_of(*trained([0, 1, 3], rounding=rounding))
     if masked:
-        monkeypatch.setattr(adamw, "_FREE_TO_READ", ())
+        monkeypatch.setattr(finite, "_FREE_TO_READ", ())
     params = parameters()
     optimizer = FP8AdamW(list(params.items()), lr=0.01, rounding=rounding)
     steps = [0, 1, 3]
@@ -48,7 +48,7 @@ def test_the_largest_gradient_that_is_taken():
 @pytest.mark.parametrize("masked", [False, True])
 def test_raising_after_steps_in_a_row(masked, monkeypatch):
     if masked:
-        monkeypatch.setattr(adamw, "_FREE_TO_READ", ())
+        monkeypatch.setattr(finite, "_FREE_TO_READ", ())
     params = parameters()
     optimizer = FP8AdamW(list(params.items()), max_skipped_steps=3)
     for step, bad in enumerate([True, True, False, True, True]):

@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy_adamw import SHAPES, set_grads, trained
 
-from lightning_fp8.optim import FP8AdamW, adamw
+from lightning_fp8.optim import FP8AdamW, finite
 
 
 class _HostReads(TorchDispatchMode):
@@ -34,7 +34,7 @@ ASKED = {
 
 @pytest.mark.parametrize("options", ASKED.values(), ids=ASKED)
 def test_a_step_reads_nothing_from_the_device(options, monkeypatch):
-    monkeypatch.setattr(adamw, "_FREE_TO_READ", ())
+    monkeypatch.setattr(finite, "_FREE_TO_READ", ())
     params, optimizer = trained([0], **options)
     set_grads(params, 1)
     with _HostReads() as reads:

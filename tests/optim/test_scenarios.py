@@ -9,7 +9,7 @@ from scenarios import every_optimizer, parameters, same, set_grads, train
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from lightning_fp8.optim import wrapper
+from lightning_fp8.optim import expanded
 
 
 @every_optimizer
@@ -67,7 +67,7 @@ def test_zero_grad(make, set_to_none):
 @every_optimizer
 def test_hooks_run_once_a_step(make, monkeypatch):
     """Also where the step is made of many steps of chunks."""
-    monkeypatch.setattr(wrapper, "_CHUNK_ELEMENTS", {"cpu": 64})
+    monkeypatch.setattr(expanded, "_CHUNK_ELEMENTS", {"cpu": 64})
     params = parameters()
     optimizer, calls = make(params), []
     handles = [
