@@ -14,7 +14,6 @@ The step is a function on blocks (`step.py`), applied to many parameters at once
 order, names and options.
 """
 
-import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, overload
 
@@ -23,12 +22,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_fp8.numerics.weights import BF16_WEIGHTS
-from lightning_fp8.optim import shards
+from lightning_fp8.optim import health, shards
 from lightning_fp8.optim.clipping import with_clipped_rates
 from lightning_fp8.optim.finite import SkippedSteps, free_to_read
-from lightning_fp8.optim.fresh import moments_of, new_state, weights_of
+from lightning_fp8.optim.fresh import fields_of, moments_of, new_state, weights_of
 from lightning_fp8.optim.groups import parameter_name
-from lightning_fp8.optim.health import Counts, Health
+from lightning_fp8.optim.health import Health, Measured
 from lightning_fp8.optim.ledger import Ledger, measure_ledger
 from lightning_fp8.optim.packing import Member, alike, step_batch
 from lightning_fp8.optim.release import GradientRelease
@@ -69,7 +68,7 @@ class FP8AdamW(Optimizer):
         max_update: Limit |u| of each element, u being what the learning rate multiplies.
         max_skipped_steps: Raise when this many steps in a row had gradients that are not finite. Reads the device in
             each step. None never raises.
-        track_health: Count what `health()` reports.
+        track_health: Count what `health()` and `health_by_parameter()` report.
         compile: Compile the step with `torch.compile`: once for each combination of formats and dtypes, whatever the
             learning rate, the step and the shapes. The first step then takes a while, and a compiler. Codes and bf16
             weights have been equal to the eager step's wherever they were compared; fp32 weights differ by an ulp.
@@ -128,7 +127,7 @@ class FP8AdamW(Optimizer):
         }
         super().__init__(params, defaults)
         self._skips = SkippedSteps("FP8AdamW")
-        self._health: Counts | None = None
+        self._health: dict[tuple[str, ...], Measured] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restores what was pickled or copied, and options that it did not know yet; counters start anew."""
@@ -136,7 +135,7 @@ class FP8AdamW(Optimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
-        self._skips, self._health = SkippedSteps("FP8AdamW"), None
+        self._skips, self._health = SkippedSteps("FP8AdamW"), {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; see `torch.optim.Optimizer.add_param_group`."""
@@ -161,7 +160,8 @@ class FP8AdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._step([(number, range(len(group["params"]))) for number, group in enumerate(self.param_groups)])
+        counted = self._step([(n, range(len(group["params"]))) for n, group in enumerate(self.param_groups)])
+        self._health = counted or self._health
         return loss
 
     @torch.no_grad()
@@ -170,27 +170,29 @@ class FP8AdamW(Optimizer):
 
         A gradient that is not finite skips the step of this parameter alone.
         """
-        self._step([(group, [index])])
+        self._health |= self._step([(group, [index])])
 
-    def _step(self, chosen: Iterable[tuple[int, Iterable[int]]]) -> None:
-        """Steps the parameters that have a gradient among those `chosen` by group and index, all or none of them."""
+    def _step(self, chosen: Iterable[tuple[int, Iterable[int]]]) -> dict[tuple[str, ...], Measured]:
+        """Steps the parameters that have a gradient among those `chosen` by group and index, all or none of them.
+
+        Returns:
+            What was counted in it, by the names of parameters.
+        """
         named = {number: list(self._named_gradients(number, indices)) for number, indices in chosen}
         params = [p for group in named.values() for _, p in group]
         if not params:
-            return
+            return {}
         grads = [_gradient(name, p) for group in named.values() for name, p in group]
         finite = self._skips.finite(params, grads, self.defaults["max_skipped_steps"])
         known = free_to_read(finite)
         if known and not finite:
-            return
+            return {}
         flag = None if known else finite
-        counts = [
-            counted
+        return {
+            names: measured
             for number, members in named.items()
-            for counted in self._step_group(self.param_groups[number], members, flag)
-        ]
-        if counts:
-            self._health = functools.reduce(Counts.plus, counts).unless_skipped(flag, self._health)
+            for names, measured in self._step_group(self.param_groups[number], members, flag)
+        }
 
     def _named_gradients(self, number: int, indices: Iterable[int]) -> Iterator[tuple[str, Tensor]]:
         """(name, parameter) of those parameters of a group that have a gradient."""
@@ -200,7 +202,7 @@ class FP8AdamW(Optimizer):
 
     def _step_group(
         self, group: dict[str, Any], named: list[tuple[str, Tensor]], finite: Tensor | None
-    ) -> Iterator[Counts]:
+    ) -> Iterator[tuple[tuple[str, ...], Measured]]:
         """Steps parameters of a group, all that have gradients, unless `finite` says that nothing is to change."""
         members = [
             Member(
@@ -223,7 +225,9 @@ class FP8AdamW(Optimizer):
         for batch in alike(members):
             counts = step_batch(batch, group, None if finite is None else finite.to(batch[0].weight.device))
             if counts is not None:
-                yield counts
+                names, elements = zip(*((member.name, member.weight.numel()) for member in batch), strict=True)
+                last = self._health[names].counts if names in self._health else None
+                yield names, Measured(elements, counts.unless_skipped(finite, last))
 
     def _state_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """What this process holds of the state of `p`, created at its first step."""
@@ -251,24 +255,42 @@ class FP8AdamW(Optimizer):
     def health(self) -> Health:
         """Figures of the last step that was taken, on the device, over the groups that have `track_health`.
 
+        They are of what this process holds. Under gradient release, of the last step of each parameter.
+
         Raises:
             ValueError: There was no such step.
         """
-        if self._health is None:
+        return health.of_all(self._counted())
+
+    def health_by_parameter(self) -> dict[str, Health]:
+        """The figures of `health()` of each parameter, by its name, or by group and position where it has none.
+
+        Raises:
+            ValueError: There was no such step.
+        """
+        return health.of_each(self._counted())
+
+    def _counted(self) -> dict[tuple[str, ...], Measured]:
+        if not self._health:
             raise ValueError("FP8AdamW: nothing was counted; set track_health=True and take a step first.")
-        return self._health.health()
+        return self._health
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict with every code and scale exactly as it was saved; see `state.py`.
 
+        Hyperparameters become those that were saved, but for `moments`, `block_size` and `rounding`, which must be the
+        same; `convert_state` loads what was kept in another way.
+
         Raises:
-            ValueError: It is the state of another optimizer.
+            ValueError: It is the state of another optimizer, of other such options, or incomplete.
         """
         if any("exp_avg" in state for state in state_dict["state"].values()):
             raise ValueError(
                 "FP8AdamW: this is the state of torch.optim.AdamW; optim.import_adamw_state takes it over."
             )
-        load_exactly(self, state_dict, super().load_state_dict)
+        load_exactly(
+            self, state_dict, super().load_state_dict, lambda p, group, state: fields_of(p, group) - state.keys()
+        )
 
 
 def _gradient(name: str, p: Tensor) -> Tensor:

@@ -112,8 +112,7 @@ def step_batch(members: list[Member], group: dict[str, Any], finite: Tensor | No
             hyper if rates is None else hyper._replace(lr=rates[owner]),
         )
         if group["track_health"]:
-            elements = sum((stop - start) * batch.places[index].shape[1] for index, start, stop in rows)
-            counted = Counts.of(weights, result, elements)
+            counted = Counts.of(weights, result, owner, len(members))
             counts = counted if counts is None else counts.plus(counted)
         for tensors, new, value in zip(batch.stored.values(), (*result.weights, *result.moments), old, strict=True):
             blocks.scatter(keep_unless(finite, new, value), tensors, rows)

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_fp8.optim import shards
-from lightning_fp8.optim.codecs import REFUSED_OPTIONS, WHOLE_MATRICES, check_base, codecs_in
+from lightning_fp8.optim.codecs import REFUSED_OPTIONS, WHOLE_MATRICES, check_base, codecs_in, incomplete
 from lightning_fp8.optim.expanded import Member, alike, codecs_of, new_state, step_batch, step_nothing
 from lightning_fp8.optim.finite import Arriving, SkippedSteps, free_to_read
 from lightning_fp8.optim.groups import parameter_name
@@ -206,9 +206,14 @@ class FP8Optimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict with every code and scale exactly as it was saved; see `state.py`.
 
-        State of the base class, in full precision, is taken over: it is rounded once.
+        State of the base class, in full precision, is taken over: it is rounded once. Hyperparameters become those
+        that were saved, but for `moments`, `block_size` and `rounding`, which must be the same; `convert_state` loads
+        what was kept in another way.
+
+        Raises:
+            ValueError: It is the state of another optimizer, of other such options, or incomplete.
         """
-        load_exactly(self, state_dict, super().load_state_dict)
+        load_exactly(self, state_dict, super().load_state_dict, lambda p, group, state: incomplete(self.base, state))
         self._take_over()
 
     def base_state_dict(self) -> dict[str, Any]:
