@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from lightning_fp8.numerics.weights import BF16_WEIGHTS
 from lightning_fp8.optim import health, shards
+from lightning_fp8.optim.arguments import check_adamw, check_limits, check_shared
 from lightning_fp8.optim.clipping import with_clipped_rates
 from lightning_fp8.optim.finite import SkippedSteps, free_to_read
 from lightning_fp8.optim.fresh import fields_of, moments_of, new_state, weights_of
@@ -140,7 +141,10 @@ class FP8AdamW(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; see `torch.optim.Optimizer.add_param_group`."""
         super().add_param_group(param_group)
-        _check_group(self.param_groups[-1])
+        group = self.param_groups[-1]
+        check_shared("FP8AdamW", group, {"moments": MOMENTS, "rounding": BF16_WEIGHTS})
+        check_adamw("FP8AdamW", group)
+        check_limits("FP8AdamW", group, "clip_update_rms", "max_update")
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -302,26 +306,3 @@ def _gradient(name: str, p: Tensor) -> Tensor:
             "optimizer."
         )
     return shards.local_gradient(p)
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    """Raises ValueError naming the field, what it is and what it may be."""
-    choices: dict[str, Iterable[str]] = {"moments": MOMENTS, "rounding": BF16_WEIGHTS}
-    for name, allowed in choices.items():
-        if group[name] not in allowed:
-            raise ValueError(f"FP8AdamW: {name} {group[name]!r} is not one of {', '.join(allowed)}.")
-    for name in ("lr", "eps", "weight_decay"):
-        if not group[name] >= 0:
-            raise ValueError(f"FP8AdamW: {name} is {group[name]}; it must be 0 or more.")
-    for name in ("clip_update_rms", "max_update", "max_skipped_steps"):
-        if group[name] is not None and not group[name] > 0:
-            raise ValueError(f"FP8AdamW: {name} is {group[name]}; it must be more than 0, or None.")
-    if not all(0 <= beta < 1 for beta in group["betas"]):
-        raise ValueError(f"FP8AdamW: betas are {group['betas']}; both must be in [0, 1).")
-    if group["block_size"] < 1:
-        raise ValueError(f"FP8AdamW: block_size is {group['block_size']}; it must be 1 or more.")
-    for p in group["params"]:
-        if p.dtype not in (torch.bfloat16, torch.float32):
-            raise ValueError(f"FP8AdamW: a parameter is {p.dtype}; weights must be bfloat16 or float32.")
-        if not p.is_contiguous():
-            raise ValueError(f"FP8AdamW: a parameter of shape {tuple(p.shape)} is not contiguous; make it so first.")

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_fp8.optim import shards
+from lightning_fp8.optim.arguments import check_shared
 from lightning_fp8.optim.codecs import REFUSED_OPTIONS, WHOLE_MATRICES, check_base, codecs_in, incomplete
 from lightning_fp8.optim.expanded import Member, alike, codecs_of, new_state, step_batch, step_nothing
 from lightning_fp8.optim.finite import Arriving, SkippedSteps, free_to_read
@@ -247,8 +248,9 @@ class FP8Optimizer(Optimizer):
                 state = self.state.get(p)
                 if not state:
                     continue
-                step = torch.as_tensor(state.get("step", 1.0))  # SGD and Muon count none
-                if step.is_floating_point():  # ours are integers
+                counted = state.get("step", 1.0)  # SGD and Muon count none
+                step = torch.as_tensor(counted)
+                if step.is_floating_point() or not isinstance(counted, Tensor):  # ours are tensors of integers
                     codecs = codecs_of(self.base, p, group, tensors_of(state))
                     stored = store(p, group["block_size"], codecs, state)
                     self.state[p] = {**scalars_of(state), "step": step.to(torch.int64), **stored}
@@ -258,26 +260,10 @@ class FP8Optimizer(Optimizer):
 
 def _check_group(group: dict[str, Any], base: Optimizer) -> None:
     """Raises ValueError naming the field, what it is and what it may be."""
-    choices = {"moments": ("fp8", "fp32"), "rounding": ("stochastic", "nearest")}
-    for name, allowed in choices.items():
-        if group[name] not in allowed:
-            raise ValueError(f"FP8Optimizer: {name} {group[name]!r} is not one of {', '.join(allowed)}.")
-    if group["block_size"] < 1:
-        raise ValueError(f"FP8Optimizer: block_size is {group['block_size']}; it must be 1 or more.")
-    if group["max_skipped_steps"] is not None and group["max_skipped_steps"] < 1:
-        raise ValueError(
-            f"FP8Optimizer: max_skipped_steps is {group['max_skipped_steps']}; it must be 1 or more, or None."
-        )
+    check_shared("FP8Optimizer", group, {"moments": ("fp8", "fp32"), "rounding": ("stochastic", "nearest")})
     kind = type(base).__name__
     for name, reason in REFUSED_OPTIONS.items():
         if group.get(name):
             raise ValueError(f"FP8Optimizer cannot wrap {kind} with {name}={group[name]}: {reason}. Leave it out.")
-    for p in group["params"]:
-        if p.dtype not in (torch.bfloat16, torch.float32):
-            raise ValueError(f"FP8Optimizer: a parameter is {p.dtype}; weights must be bfloat16 or float32.")
-        if not p.is_contiguous():
-            raise ValueError(
-                f"FP8Optimizer: a parameter of shape {tuple(p.shape)} is not contiguous; make it so first."
-            )
-        if isinstance(base, WHOLE_MATRICES) and isinstance(p, DTensor):
-            raise ValueError(f"FP8Optimizer: {kind} needs whole matrices and a parameter is sharded; use FP8AdamW.")
+    if isinstance(base, WHOLE_MATRICES) and any(isinstance(p, DTensor) for p in group["params"]):
+        raise ValueError(f"FP8Optimizer: {kind} needs whole matrices and a parameter is sharded; use FP8AdamW.")

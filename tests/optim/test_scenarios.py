@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 from scenarios import every_optimizer, parameters, same, set_grads, train
-from torch import nn
+from torch import nn, optim
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from lightning_fp8.optim import expanded
+from lightning_fp8.optim import FP8Optimizer, expanded
 
 
 @every_optimizer
@@ -204,3 +204,46 @@ def test_it_finds_the_minimum(make):
         optimizer.step(closure)
     assert math.isfinite(distance().item())
     assert distance().item() < 1e-2 * start
+
+
+@every_optimizer
+def test_what_torch_refuses_is_refused(make):
+    """The errors and warnings that torch's database lists for every optimizer."""
+    params = parameters()
+    with pytest.warns(UserWarning, match="a parameter group with duplicate parameters"):
+        make([params[0], params[0]])
+    with pytest.raises(ValueError, match=r"(Tensor lr must be 1-element|lr is a tensor of 2 elements)"):
+        make(params, lr=torch.tensor([0.001, 0.002]))
+    with pytest.raises(ValueError, match="all optimizer params should be with/without names"):
+        make([("p0", params[0]), params[1]])
+    with pytest.raises(ValueError, match="all optimizer param groups should be with/without names"):
+        make([{"params": [params[0]]}, {"params": [("p1", params[1])]}])
+    with pytest.raises(ValueError, match="weights must be bfloat16 or float32"):
+        make([nn.Parameter(torch.ones(2, 64, dtype=torch.complex64))])
+
+
+@pytest.mark.parametrize("step", [3, 3.0, torch.tensor(3.0)])
+def test_steps_may_be_counted_in_python(step):
+    """As in state that older releases of torch have saved."""
+    params, others = parameters(), parameters()
+    adamw = optim.AdamW(params, lr=0.01)
+    train(adamw, params)
+    saved = adamw.state_dict()
+    for state in saved["state"].values():
+        state["step"] = step
+    ours = FP8Optimizer(optim.AdamW(others, lr=0.01))
+    ours.load_state_dict(saved)
+    train(ours, others, 1)
+    assert {int(state["step"]) for state in ours.state.values()} == {4}
+    assert "m_codes" in ours.state[others[0]]
+
+
+@every_optimizer
+def test_gradients_of_zero_change_nothing_before_the_first_others(make):
+    params = parameters()
+    before = [p.detach().clone() for p in params]
+    optimizer = make(params, weight_decay=0.0)
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert same(params, before)

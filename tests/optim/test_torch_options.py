@@ -24,6 +24,7 @@ CONFIGURATIONS = {  # those of torch.testing._internal.common_optimizers for CPU
         {"weight_decay": 0.1},
         {"weight_decay": 0.1, "momentum_decay": 6e-3},
         {"weight_decay": 0.1, "momentum_decay": 6e-3, "decoupled_weight_decay": True},
+        {"weight_decay": 0.1, "maximize": True},
     ],
     optim.RAdam: [
         {"lr": 2e-3},
@@ -53,11 +54,14 @@ CONFIGURATIONS = {  # those of torch.testing._internal.common_optimizers for CPU
         TENSOR_LR,
         {"weight_decay": 0.5},
         {"momentum": 0.9},
+        {"weight_decay": 0.1, "maximize": True},
+        {"weight_decay": 0.1, "momentum": 0.9},
         {"weight_decay": 0.1, "momentum": 0.9, "maximize": True},
         {"momentum": 0.9, "dampening": 0.5},
         {"weight_decay": 0.1, "momentum": 0.9, "nesterov": True},
     ],
     optim.Muon: [
+        {"lr": 0.01},
         TENSOR_LR,
         {"weight_decay": 0.2},
         {"momentum": 0.8},
