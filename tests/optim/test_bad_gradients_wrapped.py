@@ -122,9 +122,7 @@ def test_raising_after_steps_in_a_row(masked):
 
 @pytest.mark.parametrize("value", [0, -1])
 def test_the_limit_is_checked(value):
-    with pytest.raises(
-        ValueError, match=f"^FP8Optimizer: max_skipped_steps is {value}; it must be more"
-    ):
+    with pytest.raises(ValueError, match=f"^FP8Optimizer: max_skipped_steps is {value}; it must be more"):
         run("AdamW", max_skipped_steps=value)
 
 
