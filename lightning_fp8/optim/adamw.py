@@ -64,8 +64,8 @@ class FP8AdamW(Optimizer):
         seed: Of the random bits.
         maximize: Follow the gradient up instead of down.
         clip_update_rms: Divide the learning rate of a parameter, for this step, by its root mean square of
-            g / max(sqrt(v), eps) over this limit, where that is above 1 (StableAdamW, whose limit is 1). Costs another
-            pass over gradients and moments.
+            g / max(sqrt(v), eps) over this limit, where that is above 1 (StableAdamW, whose limit is 1). Of a sharded
+            parameter the whole counts. Costs another pass over gradients and moments, and one collective operation.
         max_update: Limit |u| of each element, u being what the learning rate multiplies.
         max_skipped_steps: Raise when this many steps in a row had gradients that are not finite. Reads the device in
             each step. None never raises.
@@ -83,8 +83,11 @@ class FP8AdamW(Optimizer):
         A step's results are the same, bit for bit, for the same device, dtype and torch version only.
 
         A step in which any gradient holds NaN, inf or a number beyond 2^63 is skipped as a whole (`finite.py`): no
-        weight, moment or step count changes, and `skipped_steps` counts it. Gradients of this process are looked at;
-        where each process holds a shard, all must decide alike, as clipping by the global norm makes them.
+        weight, moment or step count changes, and `skipped_steps` counts it. Where parameters are sharded or replicated
+        by DTensor (FSDP2, tensor parallelism), the processes of their meshes skip together, at the cost of one
+        collective operation on a scalar a step and mesh. Under DDP all see the same gradients, those of the
+        all-reduce. Stages of a pipeline, which share no mesh, decide each for itself. Under gradient release a step
+        is that of one parameter: the others' are taken.
 
         On a GPU a step never waits for the device, unless `max_skipped_steps` is given.
     """
