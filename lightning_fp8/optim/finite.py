@@ -44,7 +44,9 @@ class SkippedSteps:
             FloatingPointError: The limit is reached.
         """
         finite = true_everywhere(all_finite(grads), params)
-        self._counts = count_skips(self._counts, finite)
+        if self._counts is None:
+            self._counts = torch.zeros(2, dtype=torch.int64, device=finite.device)
+        self._counts.copy_(count_skips(self._counts, finite.to(self._counts.device)))  # in place, for a GPU graph
         if limit is not None and int(self._counts[1]) >= limit:
             raise FloatingPointError(
                 f"{self._owner}: the gradients of {limit} steps in a row held NaN, inf or a number beyond 2^63. Lower "
@@ -90,17 +92,14 @@ def all_finite(grads: Sequence[Tensor]) -> Tensor:
     return torch.stack(flags).all() if flags else torch.ones((), dtype=torch.bool, device=device)
 
 
-def count_skips(counts: Tensor | None, finite: Tensor) -> Tensor:
+def count_skips(counts: Tensor, finite: Tensor) -> Tensor:
     """The number of skipped steps in all and the number since the last step that was not, int64 [2].
 
     Args:
-        counts: As returned after the last step; None before the first.
+        counts: The same after the last step.
         finite: Whether this step is taken, a bool scalar.
     """
     skipped = (~finite).long()
-    if counts is None:
-        return skipped.repeat(2)
-    skipped = skipped.to(counts.device)
     return torch.stack([counts[0] + skipped, (counts[1] + 1) * skipped])
 
 

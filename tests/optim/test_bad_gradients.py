@@ -81,3 +81,15 @@ def test_all_finite_looks_at_every_gradient():
             bad = [g.clone() for g in grads]
             bad[i].view(-1)[-1] = value
             assert not all_finite(bad), (i, value)
+
+
+def test_steps_are_counted_in_place():
+    """A GPU graph replays what one step did to the memory it used."""
+    grads = [torch.tensor([float("nan")])]
+    skips = finite.SkippedSteps("test")
+    skips.finite(grads, grads, None)
+    where = skips._counts.data_ptr()
+    for _ in range(3):
+        skips.finite(grads, grads, None)
+    assert skips.total == 4
+    assert skips._counts.data_ptr() == where
