@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_fp8.numerics.moments import FP8Moments, decode_root_v, encode_v
+from lightning_fp8.numerics.moments import FP8Moments, decode_v, encode_v
 from lightning_fp8.numerics.signed import Signed
 
 
@@ -91,7 +91,7 @@ def second_moment(key: str) -> Codec:
         (key,),
         stored,
         lambda values, random: encode_v(values[0], random),
-        lambda stored: (decode_root_v(*stored).square().float(),),
+        lambda stored: (decode_v(*stored),),
     )
 
 

@@ -6,14 +6,17 @@ their size. Everything that a block needs to know of its parameter is looked up 
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_fp8.kernels.adamw import Numbers, adamw, has_adamw
+from lightning_fp8.numerics.moments import FP8Moments, m_levels
 from lightning_fp8.numerics.rounding import dither, parameter_key, random_bits, row_keys
-from lightning_fp8.numerics.weights import CorrectedWeights, StochasticWeights, Weights
+from lightning_fp8.numerics.weights import CorrectedWeights, FP32Weights, StochasticWeights, Weights
 from lightning_fp8.optim import blocks, shards
 from lightning_fp8.optim.finite import keep_unless
 from lightning_fp8.optim.health import Counts
@@ -87,6 +90,9 @@ def step_batch(members: list[Member], group: dict[str, Any], finite: Tensor | No
     """
     weights_kind, moments_kind, size = members[0].weights, members[0].moments, group["block_size"]
     batch, hyper, compute = _pack(members, group), Hyper.of(group), step_rows
+    if finite is None and _has_kernel(batch, members[0], group):
+        _step_by_kernel(batch, members, group)
+        return None
     if group["compile"]:
         hyper, compute = hyper.as_tensors(), _compiled_step()
     device = batch.keys.device
@@ -117,6 +123,54 @@ def step_batch(members: list[Member], group: dict[str, Any], finite: Tensor | No
         for tensors, new, value in zip(batch.stored.values(), (*result.weights, *result.moments), old, strict=True):
             blocks.scatter(keep_unless(finite, new, value), tensors, rows)
     return counts
+
+
+def _has_kernel(batch: _Batch, kind: Member, group: dict[str, Any]) -> bool:
+    """Whether a kernel takes these steps, with the same results."""
+    served = kind.moments is FP8Moments and kind.weights in (StochasticWeights, FP32Weights)
+    tensors = (tensor for field in batch.stored.values() for tensor in field)
+    return (
+        served
+        and not group["track_health"]
+        and has_adamw(kind.weight, kind.grad)
+        and all(tensor.is_contiguous() for tensor in tensors)
+    )
+
+
+def _step_by_kernel(batch: _Batch, members: list[Member], group: dict[str, Any]) -> None:
+    """`step_rows` for all rows of each parameter."""
+    hyper, size = Hyper.of(group), group["block_size"]
+    levels = m_levels(batch.keys.device)
+    rates: Iterable[float | Tensor] = [hyper.lr] * len(members)
+    if group["clip_update_rms"] is not None:
+        chunks = blocks.chunks(tuple(place.shape for place in batch.places), _CHUNK_ELEMENTS["cpu"])
+        rates = _clipped_rates(batch, members, group, chunks).unbind()
+    each = zip(batch.places, batch.grads, zip(*batch.stored.values(), strict=True), rates, strict=True)
+    for i, (place, grad, (weight, *moments), lr) in enumerate(each):
+        adamw(
+            weight,
+            grad.contiguous(),
+            tuple(moments),
+            levels,
+            place.whole_rows(torch.arange(place.shape[0], dtype=torch.int32)),
+            place.first_column,
+            size,
+            Numbers(
+                key=tuple(batch.keys[i].tolist()),
+                step=int(batch.steps[i]),
+                beta1=float(hyper.beta1),
+                rest1=float(1 - hyper.beta1),
+                beta2=float(hyper.beta2),
+                rest2=float(1 - hyper.beta2),
+                eps=float(hyper.eps),
+                shrink=float(1 - lr * hyper.weight_decay),
+                lr=float(lr),
+                sign=-1.0 if hyper.maximize else 1.0,
+                m_correction=float(batch.corrections.m[i]),
+                v_correction=float(batch.corrections.v[i]),
+                max_update=math.inf if hyper.max_update is None else hyper.max_update,
+            ),
+        )
 
 
 def step_rows(
@@ -157,7 +211,7 @@ def _pack(members: list[Member], group: dict[str, Any]) -> _Batch:
     widths = [size if tensors[0].numel() == count else 1 for tensors in stored.values()]
     device = members[0].weight.device
     steps = torch.stack([member.state["step"] for member in members])
-    corrections = (1 - beta ** steps.double().unsqueeze(1) for beta in group["betas"])
+    corrections = (1 / (1 - beta ** steps.double().unsqueeze(1)) for beta in group["betas"])
     return _Batch(
         places,
         [member.grad.reshape(shape) for member, shape in zip(members, shapes, strict=True)],
