@@ -148,7 +148,7 @@ def within_chunk(sizes: Sequence[int], start: int, stop: int) -> Iterator[slice]
     end = 0
     for size in sizes:
         begin, end = end, end + size
-        yield slice(max(begin, start) - start, max(max(begin, start), min(end, stop)) - start)
+        yield slice(*(min(max(edge, start), stop) - start for edge in (begin, end)))
 
 
 def chunk_length(elements: int, ways: int) -> int:
