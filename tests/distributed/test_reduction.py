@@ -156,11 +156,9 @@ def test_other_dtypes_are_rounded_once(dtype: torch.dtype) -> None:
 
 
 def test_counts_are_those_of_a_loop() -> None:
-    ranks = [
-        [torch.tensor([448.0, 448.0, 2.0**-11, -(2.0**-11), 0.0, 2.0**-9])],
-        [torch.tensor([448.0, 300, 0, 0, 0, 0])],
-    ]
-    result, sent, returned = reduce(ranks, mu=1.0)
+    one, other = [448.0, 448.0, 2.0**-11, -(2.0**-11), 0.0, 2.0**-9], [448.0, 300.0, 0.0, 0.0, 0.0, 0.0]
+    ranks = [[torch.tensor(one)], [torch.tensor(other)]]
+    _, sent, returned = reduce(ranks, mu=1.0)
     assert sent.underflown.tolist() == [2]  # half of 2^-9 and less is lost
     assert returned.saturated.tolist() == [2]  # 896 and 748 do not fit
     assert returned.underflown.tolist() == [0]
