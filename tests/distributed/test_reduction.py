@@ -194,6 +194,7 @@ def test_headroom_settles_below_saturation() -> None:
 
 
 def test_chunks_hold_everything_once() -> None:
+    assert [chunk_length(n, 4) for n in (0, 1, 4, 5, 8)] == [0, 1, 1, 2, 2]
     for ways in range(1, 6):
         for sizes in ([5, 0, 1, 7], [1], [0], [2, 2], [0, 3, 0, 0, 1]):
             chunk = chunk_length(sum(sizes), ways)
