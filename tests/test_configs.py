@@ -14,7 +14,7 @@ COMMANDS: dict[Path, list[str]] = {
     **{path: ["fit", "--config", str(path)] for path in sorted(CONFIGS.glob("*.yaml"))},
     **{
         path: ["fit", "--config", str(QUICKSTART), "--config", str(path)]
-        for folder in ("precision", "model", "context", "optimizer")
+        for folder in ("precision", "model", "context", "optimizer", "strategy")
         for path in sorted(CONFIGS.glob(f"{folder}/*.yaml"))
     },
     **{path: ["prepare", "--config", str(path)] for path in sorted(CONFIGS.glob("data/*.yaml"))},
@@ -29,6 +29,9 @@ def differences(wanted: Any, parsed: Any, name: str = "") -> Iterator[str]:
     """Where `parsed` lacks or changes something of `wanted`; it may hold more."""
     if isinstance(wanted, dict) and isinstance(parsed, dict):
         for key, value in wanted.items():
+            if key.endswith("+"):  # appended to the list of the config before
+                key, added = key[:-1], len(value)
+                parsed = {**parsed, key: parsed[key][-added:]}
             yield from differences(value, parsed.get(key, "nothing"), f"{name}.{key}".strip("."))
     elif isinstance(wanted, list) and isinstance(parsed, list) and len(wanted) == len(parsed):
         for index, pair in enumerate(zip(wanted, parsed, strict=True)):
