@@ -17,7 +17,8 @@ def summary(tmp_path_factory):
     """The summary of `make train`, and gzip's bits per byte of the same held-out files."""
     folder = tmp_path_factory.mktemp("full")
     for verb, config in (("prepare", "configs/data/quickstart.yaml"), ("fit", "configs/quickstart.yaml")):
-        subprocess.run([sys.executable, "-m", "lightning_fp8", verb, "-c", str(ROOT / config)], cwd=folder, check=True)
+        command = [sys.executable, "-m", "lightning_fp8", verb, "-c", str(ROOT / config)]
+        subprocess.run(command, cwd=folder, check=True, timeout=7200)
     manifest = json.loads((folder / "data/quickstart/manifest.json").read_text())
     measured = json.loads((folder / "runs/quickstart/summary.json").read_text())
     return measured, manifest["splits"]["val"]["gzip_bits_per_byte"]

@@ -94,6 +94,13 @@ def test_detect_anomaly(tmp_path):
     with pytest.raises(RuntimeError, match="returned nan values"):
         fitted(tmp_path, Broken, detect_anomaly=True)
 
+    class Overflows(Regression):
+        def training_step(self, batch, batch_idx):
+            return self.net(batch["x"] / 0).sum()  # whose gradient is 1 where a layer's input is not a number
+
+    with pytest.raises(RuntimeError, match="_ThreeGemmsBackward' returned nan values"):
+        fitted(tmp_path, Overflows, detect_anomaly=True)
+
 
 def test_overfit_batches(tmp_path):
     _, gemms, used = fitted(tmp_path, overfit_batches=1, max_epochs=3)

@@ -145,7 +145,23 @@ def on_a_rank(folder, data):
     assert not math.isnan(gathered[0][1])
 
 
-def test_two_processes_resume_bit_for_bit(prepared, tmp_path):
+def test_two_processes_resume_bit_for_bit(prepared, tmp_path, caplog):
     for name in ("trainer", "fabric"):
         (tmp_path / name).mkdir()
     spawn(on_a_rank, 2, tmp_path, prepared)
+    check_another_world_size(tmp_path, prepared, caplog)
+
+
+def check_another_world_size(folder, data, caplog):
+    """What two processes saved goes on in one, scales included."""
+    halfway = torch.load(folder / f"trainer/whole/step={N}.ckpt", weights_only=True)
+    (folder / "one").mkdir()
+    with caplog.at_level("INFO"):
+        _, saved = fit(folder / "one", data, "delayed", seed=1, resume=folder / f"trainer/whole/step={N}.ckpt")
+    assert saved["global_step"] == saved["FP8Precision"]["steps"] == 2 * N
+    assert "calibrate" not in caplog.text
+    # A history has four entries, the newest first: two were there, and two of the three steps that followed ran in FP8.
+    before, after = (state["FP8Precision"]["scales"][0]["layers"] for state in (halfway, saved))
+    assert len(before) == 7
+    for name, layer in before.items():
+        assert torch.equal(after[name]["history"][:, 2:], layer["history"][:, :2])

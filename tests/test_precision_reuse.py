@@ -117,7 +117,9 @@ def test_the_transformer_of_lightning_s_demos_trains(tmp_path, monkeypatch):
         return losses[-1]
 
     model.training_step = training_step
-    trainer(tmp_path, FP8Precision()).fit(model, Words())
+    with record_gemms() as gemms:
+        trainer(tmp_path, FP8Precision()).fit(model, Words())
     converted = [name for name, module in model.named_modules() if isinstance(module, FP8Linear)]
     assert len(converted) == 2 * 4 + 1  # two linear layers in each of four blocks, and the head
+    assert len(gemms) == 3 * len(converted) * len(losses) == 3 * 9 * 16
     assert losses[-1] < 0.8 * losses[0]

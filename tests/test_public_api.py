@@ -57,7 +57,8 @@ def test_version() -> None:
 def test_import_alone_is_light() -> None:
     """`lightning-fp8 doctor` has to start where torch or lightning is broken."""
     code = "import lightning_fp8, lightning_fp8.cli.main, lightning_fp8.cli.doctor, sys; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    loaded = run.stdout.split()
     assert "lightning_fp8" in loaded
     assert not {"torch", "lightning", "torchmetrics", "litdata", "jsonargparse", "numpy"} & set(loaded)
 

@@ -183,7 +183,7 @@ def test_a_killed_run_continues_exactly(finished, work, tmp_path, kill_after):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.wait(timeout=60)
     assert len(losses(folder)) < STEPS
     fit(*options, "--ckpt_path", "last", cwd=work)
     assert losses(folder) == losses(finished[0])

@@ -12,7 +12,6 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -151,8 +150,6 @@ class FP8CLI(LightningCLI):
         options = dict(vars(self._get(self.config_init, "fp8")))
         if not options.pop("enabled"):
             return None
-        if isinstance(options["recipe"], Namespace):
-            options["recipe"] = options["recipe"].as_dict()
         return FP8Precision(**options)
 
 

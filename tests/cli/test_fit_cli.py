@@ -12,12 +12,14 @@ import yaml
 from lightning_fp8.callbacks.start import training_flops
 from lightning_fp8.cli.fit import parse_tokens
 from lightning_fp8.cli.main import main
+from lightning_fp8.compute.gemm import record_gemms
 from lightning_fp8.data import prepare
 from lightning_fp8.models import Decoder, DecoderConfig, DecoderLM
 
 Fit = Callable[..., None]
 FSDP = "lightning.pytorch.strategies.FSDPStrategy"
 PLUGIN = "lightning_fp8.FP8Precision"
+MIXED = {torch.float8_e4m3fn, torch.float8_e5m2}
 BY_PATH = ["--fp8.enabled", "false", "--trainer.plugins", PLUGIN]
 CONFIG = """
 model:
@@ -134,21 +136,28 @@ def test_an_evaluation_leaves_the_run_as_it_was(fit: Fit, capsys: pytest.Capture
 
 
 @pytest.mark.parametrize(
-    ("options", "dtype", "linears"),
+    ("options", "dtype", "linears", "gemms", "formats"),
     [
-        (["--fp8.recipe", "{preset: tensorwise, high_precision: [weight_grad]}"], torch.bfloat16, 7),
+        (["--fp8.recipe", "{preset: tensorwise, high_precision: [weight_grad]}"], torch.bfloat16, 7, 2 * 7, MIXED),
         (
-            ["--fp8.recipe", "{input: {power_of_two: true}}", "--fp8.keep_high_precision", "['*q_proj']"],
+            ["--fp8.recipe", "{grad_output: {format: e4m3}}", "--fp8.keep_high_precision", "['*q_proj']"],
             torch.bfloat16,
             7,
+            3 * 7,
+            {torch.float8_e4m3fn},
         ),
-        (["--fp8.enabled", "false"], torch.float32, 0),
-        ([*BY_PATH, "--trainer.plugins.weights", "bf16"], torch.bfloat16, 7),
+        (["--fp8.enabled", "false"], torch.float32, 0, 0, set()),
+        ([*BY_PATH, "--trainer.plugins.weights", "bf16"], torch.bfloat16, 7, 3 * 7, MIXED),
     ],
     ids=["preset and field", "nested field", "off", "off, and by class path"],
 )
-def test_fp8_options_reach_the_plugin(options: list[str], dtype: torch.dtype, linears: int, fit: Fit) -> None:
-    fit("--trainer.max_steps", "1", "--trainer.limit_val_batches", "0", *options)
+def test_fp8_options_reach_the_plugin(
+    options: list[str], dtype: torch.dtype, linears: int, gemms: int, formats: set[torch.dtype], fit: Fit
+) -> None:
+    with record_gemms() as records:
+        fit("--trainer.max_steps", "1", "--trainer.limit_val_batches", "0", *options)
+    assert len(records) == gemms
+    assert {dtype for record in records for dtype in (record.a_dtype, record.b_dtype)} == formats
     summary = yaml.safe_load(Path("run/summary.json").read_text())
     weights = torch.load("run/checkpoints/last.ckpt", weights_only=True)["state_dict"]
     assert {weight.dtype for weight in weights.values()} == {dtype}

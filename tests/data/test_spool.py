@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -45,10 +46,18 @@ def write_corpus(folder: Path, documents: int) -> None:
         (folder / f"{number}.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in texts))
 
 
+def end_later(process: "subprocess.Popen[str]", seconds: float = 600) -> None:
+    """Kills a process that hangs, so that nobody waits for it, or for what it prints, for ever."""
+    timer = threading.Timer(seconds, process.kill)  # which does nothing to one that has been waited for
+    timer.daemon = True
+    timer.start()
+
+
 def start(*arguments: object) -> "subprocess.Popen[str]":
     process = subprocess.Popen(
         [sys.executable, "-c", RUN, *map(str, arguments)], stdout=subprocess.PIPE, text=True, start_new_session=True
     )
+    end_later(process)
     assert process.stdout
     assert process.stdout.readline() == "started\n"
     return process
@@ -160,6 +169,7 @@ def test_two_at_once_are_refused(tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", holder, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
+        end_later(process)
         assert process.stdout
         assert process.stdout.readline() == "held\n"
         with pytest.raises(ValueError, match="Another process is preparing"):

@@ -113,7 +113,7 @@ def assembly(launched, capability, folder):
     cubin.write_bytes(kernel.asm["cubin"])
 
     def tool(name, *options):
-        run = subprocess.run([TOOLS / name, *options, cubin], capture_output=True, text=True, check=True)
+        run = subprocess.run([TOOLS / name, *options, cubin], capture_output=True, text=True, check=True, timeout=120)
         return run.stdout + run.stderr
 
     usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", tool("cuobjdump", "-res-usage")))

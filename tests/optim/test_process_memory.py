@@ -54,6 +54,6 @@ print((kilobytes("VmHWM") - before) * 1024 / count)
 def test_a_process_stays_within_its_bytes_a_parameter(kind, released, limit):
     """The promise and 5 %, which is for what allocators and chunks in flight take."""
     command = [sys.executable, "-c", PROGRAM, kind, str(released)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) <= limit * 1.05
