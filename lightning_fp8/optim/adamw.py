@@ -25,14 +25,13 @@ from torch.optim import Optimizer
 from lightning_fp8.numerics.weights import BF16_WEIGHTS
 from lightning_fp8.optim import shards
 from lightning_fp8.optim.finite import all_finite, count_skips
-from lightning_fp8.optim.fresh import moments_of, new_state, weights_of
+from lightning_fp8.optim.fresh import FORMATS, moments_of, new_state, weights_of
 from lightning_fp8.optim.groups import parameter_name
 from lightning_fp8.optim.health import Counts, Health
 from lightning_fp8.optim.ledger import Ledger, measure_ledger
 from lightning_fp8.optim.packing import Member, alike, step_batch
 from lightning_fp8.optim.release import GradientRelease
 from lightning_fp8.optim.state import load_exactly
-from lightning_fp8.optim.step import MOMENTS
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -57,11 +56,11 @@ class FP8AdamW(Optimizer):
             corrected by 1 - beta^t with the beta of this step.
         eps: Added to the denominator.
         weight_decay: Decoupled; a weight shrinks by lr * weight_decay a step.
-        moments: How moments are kept: "fp8", or to compare with "e4m3", "e4m3/e5m2", "coat", "bf16", "fp32". For
-            embeddings in fp32, give them a group of their own.
+        moments: How moments are kept: "fp8", or to compare with "e4m3", "e4m3/e5m2", "coat", "fp8_lm", "bf16", "fp32".
+            For embeddings in fp32, give them a group of their own.
         block_size: Elements that share the scales of their moments.
-        rounding: How bf16 weights are kept: "stochastic", "nearest", "kahan" (+2 bytes a parameter) or "correction8"
-            (+1), see `numerics/weights.py`. fp32 weights need none.
+        rounding: How bf16 weights are kept: "stochastic", "nearest", "kahan" (+2 bytes a parameter), "correction8"
+            (+1) or, to compare with, "scaled_fp16" (+2), see `numerics/weights.py`. fp32 weights need none.
         seed: Of the random bits.
         maximize: Follow the gradient up instead of down.
         clip_update_rms: Divide the learning rate of a parameter, for this step, by its root mean square of
@@ -100,9 +99,9 @@ class FP8AdamW(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
-        moments: Literal["fp8", "e4m3", "e4m3/e5m2", "coat", "bf16", "fp32"] = "fp8",
+        moments: Literal["fp8", "e4m3", "e4m3/e5m2", "coat", "fp8_lm", "bf16", "fp32"] = "fp8",
         block_size: int = 128,
-        rounding: Literal["stochastic", "nearest", "kahan", "correction8"] = "stochastic",
+        rounding: Literal["stochastic", "nearest", "kahan", "correction8", "scaled_fp16"] = "stochastic",
         seed: int = 0,
         maximize: bool = False,
         clip_update_rms: float | None = None,
@@ -292,7 +291,7 @@ def _gradient(name: str, p: Tensor) -> Tensor:
 
 def _check_group(group: dict[str, Any]) -> None:
     """Raises ValueError naming the field, what it is and what it may be."""
-    choices: dict[str, Iterable[str]] = {"moments": MOMENTS, "rounding": BF16_WEIGHTS}
+    choices: dict[str, Iterable[str]] = {"moments": FORMATS, "rounding": BF16_WEIGHTS}
     for name, allowed in choices.items():
         if group[name] not in allowed:
             raise ValueError(f"FP8AdamW: {name} {group[name]!r} is not one of {', '.join(allowed)}.")

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_fp8.numerics.weights import BF16_WEIGHTS
 from lightning_fp8.optim import FP8AdamW, adamw, packing
 from lightning_fp8.optim.finite import all_finite
-from lightning_fp8.optim.step import MOMENTS
+from lightning_fp8.optim.fresh import FORMATS
 
 SHAPES = {"a.weight": (24, 256), "b.weight": (16, 200), "norm": (96,)}
 
@@ -50,7 +50,7 @@ def assert_same(a, b):
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
-@pytest.mark.parametrize("moments", MOMENTS)
+@pytest.mark.parametrize("moments", FORMATS)
 @pytest.mark.parametrize("rounding", BF16_WEIGHTS)
 def test_every_format_trains_and_resumes(moments, rounding):
     options = {"moments": moments, "rounding": rounding}
@@ -68,11 +68,20 @@ def test_every_format_trains_and_resumes(moments, rounding):
     assert all(p.isfinite().all() for p in params.values())
 
 
-BYTES = {"fp8": 2 + 6 / 128, "e4m3": 2 + 8 / 128, "e4m3/e5m2": 2 + 8 / 128, "coat": 2 + 24 / 128, "bf16": 4, "fp32": 8}
+BYTES = {
+    "fp8": 2 + 6 / 128,
+    "e4m3": 2 + 8 / 128,
+    "e4m3/e5m2": 2 + 8 / 128,
+    "coat": 2 + 24 / 128,
+    "fp8_lm": 3 + 8 / 128,
+    "bf16": 4,
+    "fp32": 8,
+}
+EXTRA = {"stochastic": 0, "nearest": 0, "kahan": 2, "correction8": 1, "scaled_fp16": 2 + 1 / 128}
 
 
-@pytest.mark.parametrize("moments", MOMENTS)
-@pytest.mark.parametrize(("rounding", "extra"), [("stochastic", 0), ("nearest", 0), ("kahan", 2), ("correction8", 1)])
+@pytest.mark.parametrize("moments", FORMATS)
+@pytest.mark.parametrize(("rounding", "extra"), EXTRA.items())
 def test_bytes_a_parameter(moments, rounding, extra):
     p = torch.nn.Parameter(torch.ones(64, 512).bfloat16())
     optimizer = FP8AdamW([p], moments=moments, rounding=rounding)
@@ -289,6 +298,7 @@ ASKED = {
     "health": {"track_health": True},
     "e4m3": {"moments": "e4m3"},
     "coat": {"moments": "coat"},
+    "fp8_lm": {"moments": "fp8_lm", "rounding": "scaled_fp16"},
     "tensor lr": {"lr": torch.tensor(0.01)},
 }
 
@@ -387,7 +397,7 @@ def test_health_counts_lost_updates_by_rounding():
         p.grad = torch.ones_like(p)
         optimizer.step()
         lost[rounding] = float(optimizer.health().updates_lost)
-    assert lost["nearest"] == 1
+    assert lost["nearest"] == lost["scaled_fp16"] == 1  # 1/40 of bf16's last bit is less than half of fp16's
     assert lost["kahan"] == lost["correction8"] == 0
     assert abs(lost["stochastic"] - 39 / 40) < 5 * math.sqrt(39) / 40 / 128
 
