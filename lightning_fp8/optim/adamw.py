@@ -33,7 +33,6 @@ from lightning_fp8.optim.ledger import Ledger, measure_ledger
 from lightning_fp8.optim.packing import Member, alike, step_batch
 from lightning_fp8.optim.release import GradientRelease
 from lightning_fp8.optim.state import load_exactly
-from lightning_fp8.optim.step import MOMENTS
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -56,11 +55,11 @@ class FP8AdamW(Optimizer):
             corrected by 1 - beta^t with the beta of this step.
         eps: Added to the denominator.
         weight_decay: Decoupled; a weight shrinks by lr * weight_decay a step.
-        moments: How moments are kept: "fp8", or to compare with "e4m3", "e4m3/e5m2", "coat", "bf16", "fp32". For
-            embeddings in fp32, give them a group of their own.
+        moments: How moments are kept: "fp8", or to compare with "e4m3", "e4m3/e5m2", "coat", "fp8_lm", "bf16", "fp32".
+            For embeddings in fp32, give them a group of their own.
         block_size: Elements that share the scales of their moments.
-        rounding: How bf16 weights are kept: "stochastic", "nearest", "kahan" (+2 bytes a parameter) or "correction8"
-            (+1), see `numerics/weights.py`. fp32 weights need none.
+        rounding: How bf16 weights are kept: "stochastic", "nearest", "kahan" (+2 bytes a parameter), "correction8"
+            (+1) or, to compare with, "scaled_fp16" (+2), see `numerics/weights.py`. fp32 weights need none.
         seed: Of the random bits.
         maximize: Follow the gradient up instead of down.
         clip_update_rms: Divide the learning rate of a parameter, for this step, by its root mean square of
@@ -102,9 +101,9 @@ class FP8AdamW(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
-        moments: Literal["fp8", "e4m3", "e4m3/e5m2", "coat", "bf16", "fp32"] = "fp8",
+        moments: Literal["fp8", "e4m3", "e4m3/e5m2", "coat", "fp8_lm", "bf16", "fp32"] = "fp8",
         block_size: int = 128,
-        rounding: Literal["stochastic", "nearest", "kahan", "correction8"] = "stochastic",
+        rounding: Literal["stochastic", "nearest", "kahan", "correction8", "scaled_fp16"] = "stochastic",
         seed: int = 0,
         maximize: bool = False,
         clip_update_rms: float | None = None,
