@@ -63,5 +63,5 @@ def attention_scores(q: Tensor, k: Tensor) -> Tensor:
     """q.k / sqrt(S), fp32 [B, H, T, U], of queries [B, H, T, S] and keys [B, K, U, S]; each key head serves H / K."""
     groups = q.shape[1] // k.shape[1]
     grouped = q.float().reshape(q.shape[0], k.shape[1], groups, *q.shape[2:])
-    scores = grouped @ k.float().unsqueeze(2).transpose(-1, -2) / q.shape[-1] ** 0.5
+    scores: Tensor = grouped @ k.float().unsqueeze(2).transpose(-1, -2) / q.shape[-1] ** 0.5
     return scores.flatten(1, 2)

@@ -8,12 +8,11 @@ from lightning_fp8.metrics.merged import Merged, squares
 
 
 class ActivationKurtosis(Merged):
-    """mean_j r_j^4 / (mean_j r_j^2)^2, r_j being the RMS of channel j over all tokens: 1 if all are
-    alike, K if one is all.
+    """mean_j r_j^4 / (mean_j r_j^2)^2, r_j being the RMS of channel j over all tokens.
 
-    NaN of zeros. `update(x)` with x [..., K]. Reduction: the sum over tokens of the squares of each channel. (He et
-    al., 2405.19279: below 10 without, above 600 with outlier features at 7 B parameters; FOG, 2505.20524: it grows
-    long before an FP8 run diverges.)
+    1 if all channels are alike, K if one is all there is; NaN of zeros. `update(x)` with x [..., K]. Reduction: the sum
+    over tokens of the squares of each channel. (He et al., 2405.19279: below 10 without, above 600 with outlier
+    features at 7 B parameters; FOG, 2505.20524: it grows long before an FP8 run diverges.)
 
     Args:
         channels: K.

@@ -52,4 +52,4 @@ def thin(x: Tensor, cast: Quantized, most: int) -> tuple[Tensor, Quantized]:
 
 
 def _every(x: Tensor, groups: int, rows: int, stride: int) -> Tensor:
-    return x[: groups * rows].view(groups, rows, -1)[::stride].flatten(0, 1)
+    return x[: groups * rows].reshape(groups, rows, -1)[::stride].flatten(0, 1)
