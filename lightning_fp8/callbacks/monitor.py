@@ -35,7 +35,7 @@ from lightning_fp8.callbacks.watch.decoders import decoder_places, measure_align
 from lightning_fp8.callbacks.watch.limits import limit, worst_figures, worst_layers
 from lightning_fp8.callbacks.watch.linears import SCALE, linear_places, watch_linear
 from lightning_fp8.callbacks.watch.optimizers import measure_optimizer, optimizer_places
-from lightning_fp8.callbacks.watch.pictures import draw_heat_map, draw_layers
+from lightning_fp8.callbacks.watch.pictures import draw_heat_map, draw_layers, short_name
 from lightning_fp8.callbacks.watch.tally import Tally, Values
 
 Listener = Callable[[Trainer, Reading], None]
@@ -190,12 +190,12 @@ def _is_compiled(module: nn.Module) -> bool:
 def _table(readings: list[Reading], worst: int) -> Table:
     shown = Table(title=f"The worst of {len(readings)} readings", title_justify="left")
     for column in ("layer", "operand", "step", "metric"):
-        shown.add_column(column)
+        shown.add_column(column, overflow="fold")
     for column in ("figure", "limit", "x limit"):
         shown.add_column(column, justify="right")
     for severity, step, (layer, role, metric, value) in worst_layers(readings, worst):
         bound = limit(role, metric)
         style = "bold red" if severity > 1 else None
-        cells = (layer, role, f"{step:,}", metric, f"{value:.3g}", f"{bound.value:.3g}" if bound else "")
+        cells = (short_name(layer), role, f"{step:,}", metric, f"{value:.3g}", f"{bound.value:.3g}" if bound else "")
         shown.add_row(*cells, f"{severity:.2g}", style=style)
     return shown

@@ -23,7 +23,7 @@ class ScaleLag(Merged):
         """The statistic, fp64 [1], of max |x| and the largest magnitude that the cast can hold: scalars."""
         lag = (largest.double() / reach.double()).log2()
         # In units of 2^-16: a scale is rounded to fp32, and what just fits must not look like what was cut off.
-        return (lag * 2.0**16).round().div(2.0**16).view(1)
+        return (lag * 2.0**16).round().div(2.0**16).add(0.0).view(1)
 
     def update(self, x: Tensor, cast: Quantized) -> None:
         """Adds a tensor and its cast."""

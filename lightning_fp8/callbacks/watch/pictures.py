@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +39,7 @@ _MOST_LABELS = 60
 _SHORTENED = (("decoder.", ""), ("blocks.", ""), ("attention.", "attn."), ("_proj", ""))
 
 
-def draw_heat_map(readings: Sequence[Reading], path: Path) -> None:
+def draw_heat_map(readings: Sequence[Reading], path: Path | BytesIO) -> None:
     """Draws a map of each panel's metric, layers down and steps across; nothing without linear layers."""
     from matplotlib.figure import Figure
 
@@ -57,7 +58,7 @@ def draw_heat_map(readings: Sequence[Reading], path: Path) -> None:
         low, high = _range(cells, panel)
         image = axes.imshow(cells, aspect="auto", interpolation="nearest", cmap=_colors(panel), vmin=low, vmax=high)
         axes.set_title(panel.title, fontsize=10)
-        _label_layers(axes, layers)
+        _label_layers(axes, [short_name(layer) for layer in layers])
         marks = sorted({round(j * (len(readings) - 1) / 5) for j in range(6)})
         axes.set_xticks(marks, [f"{readings[j].step:,}" for j in marks])
         axes.set_xlabel("optimizer step")
@@ -65,7 +66,7 @@ def draw_heat_map(readings: Sequence[Reading], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def draw_layers(readings: Sequence[Reading], path: Path) -> None:
+def draw_layers(readings: Sequence[Reading], path: Path | BytesIO) -> None:
     """Draws the last reading, a dot for each layer and operand; nothing without linear layers."""
     from matplotlib.figure import Figure
 
@@ -74,7 +75,7 @@ def draw_layers(readings: Sequence[Reading], path: Path) -> None:
     if not panels:
         return
     figure = Figure(figsize=(3.6 * len(panels) + 2, _height(len(layers))), layout="constrained")
-    figure.suptitle(f"Layers at step {last.step:,}; dashed: from here on a layer deserves a look", fontsize=10)
+    figure.suptitle(f"Layers at step {last.step:,}; beyond a dashed line a layer deserves a look", fontsize=10)
     for i, panel in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), i + 1)
         for role in panel.roles:
@@ -89,9 +90,11 @@ def draw_layers(readings: Sequence[Reading], path: Path) -> None:
         axes.grid(axis="x", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_ylim(len(layers) - 0.5, -0.5)
-        _label_layers(axes, layers if i == 0 else [""] * len(layers))
-        if len(panel.roles) > 1 and i == 0:
-            axes.legend(frameon=False, fontsize=8)
+        _label_layers(axes, [short_name(layer) if i == 0 else "" for layer in layers])
+        if not panel.logarithmic:
+            axes.locator_params(axis="x", nbins=5)
+        if i == 0:
+            figure.legend(loc="upper right", ncols=len(panel.roles), frameon=False, fontsize=9)
     figure.savefig(path, dpi=110)
 
 
@@ -130,19 +133,23 @@ def _colors(panel: _Panel) -> Any:
 
 
 def _range(cells: Sequence[Sequence[float]], panel: _Panel) -> tuple[float | None, float | None]:
-    """Shares from 0 up to at least their limit, or a healthy run's noise would fill the whole range of colours."""
+    """Up to the limit at least, or the noise of a healthy run would fill the whole range of colours."""
     bound = limit(panel.roles[0], panel.metric)
-    if panel.metric != "underflow" or bound is None:
+    if bound is None or panel.metric == "amax":
         return None, None
-    return 0.0, max(bound.value, *(value for row in cells for value in row if math.isfinite(value)))
+    values = [value for row in cells for value in row if math.isfinite(value)]
+    if bound.decibels:
+        return min(bound.value, *values), max(bound.value, *values)
+    return 0.0, max(_shown(bound.value, panel), *values)
 
 
 def _label_layers(axes: Any, layers: Sequence[str]) -> None:
     every = -(-len(layers) // _MOST_LABELS)
-    axes.set_yticks(range(0, len(layers), every), [_short(layer) for layer in layers[::every]], fontsize=7)
+    axes.set_yticks(range(0, len(layers), every), layers[::every], fontsize=7)
 
 
-def _short(layer: str) -> str:
+def short_name(layer: str) -> str:
+    """What tells a layer of our decoder from the others."""
     for long, short in _SHORTENED:
         layer = layer.replace(long, short)
     return layer
