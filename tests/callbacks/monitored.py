@@ -44,7 +44,7 @@ def fit(folder, data, *callbacks, steps=4, module=None, recipe="tensorwise", ckp
         **{**defaults, **quiet, **options},
     )
     batches = TokenDataModule(str(data), sequence_length=LENGTH, batch_size=BATCH)
-    trainer.fit(module or model(), datamodule=batches, ckpt_path=ckpt_path, weights_only=False)
+    trainer.fit(model() if module is None else module, datamodule=batches, ckpt_path=ckpt_path, weights_only=False)
     return trainer
 
 
