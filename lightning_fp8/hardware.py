@@ -12,6 +12,10 @@ import torch
 # Asked once, when the module is imported: a compiled graph cannot ask.
 _CPU_HAS_MATRIX_UNITS = bool(torch.cpu.get_capabilities().get("amx_bf16", False))
 _OLDEST_TRANSFORMER_ENGINE = (2, 20)
+INSTALL_TRANSFORMER_ENGINE = (
+    'pip install --no-build-isolation "lightning-fp8[te]" (it is compiled against the torch that is installed, so'
+    " setuptools, wheel, ninja and pybind11 must be, too)"
+)
 
 
 def emulation_dtype(device_type: str) -> torch.dtype:
@@ -64,20 +68,11 @@ def why_not_transformer_engine(granularity: str) -> str | None:
     """
     if not torch.cuda.is_available():
         return "there is no CUDA device"
-    install = (
-        'pip install --no-build-isolation "lightning-fp8[te]" (it is compiled against the torch that is installed, so'
-        " setuptools, wheel, ninja and pybind11 must be, too)"
-    )
-    try:
-        import transformer_engine
-        import transformer_engine.pytorch as te
-    except ModuleNotFoundError as error:
-        return f"{error.name} is not installed. {install}"
-    except Exception as error:  # of many kinds: libraries that are not found, parts of different versions
-        return f"Transformer Engine does not import ({type(error).__name__}: {error}). {install}"
-    version = tuple(int(part) for part in transformer_engine.__version__.split(".")[:2])
-    if version < _OLDEST_TRANSFORMER_ENGINE:
-        return f"Transformer Engine {transformer_engine.__version__} is older than 2.20. {install}"
+    problem = what_ails_transformer_engine()
+    if problem:
+        return f"{problem}. {INSTALL_TRANSFORMER_ENGINE}"
+    import transformer_engine.pytorch as te
+
     ask = {
         "block_1x128": te.is_fp8_block_scaling_available,
         "block_128x128": te.is_fp8_block_scaling_available,
@@ -85,6 +80,21 @@ def why_not_transformer_engine(granularity: str) -> str | None:
     }.get(granularity, te.is_fp8_available)
     can, reason = ask(return_reason=True)
     return None if can else str(reason).rstrip(".")
+
+
+def what_ails_transformer_engine() -> str | None:
+    """Why Transformer Engine, whatever the device, cannot be used as it is installed; None if it can."""
+    try:
+        import transformer_engine
+        import transformer_engine.pytorch
+    except ModuleNotFoundError as error:
+        return f"{error.name} is not installed"
+    except Exception as error:  # of many kinds: libraries that are not found, parts of different versions
+        return f"Transformer Engine does not import ({type(error).__name__}: {error})"
+    version = tuple(int(part) for part in transformer_engine.__version__.split(".")[:2])
+    if version < _OLDEST_TRANSFORMER_ENGINE:
+        return f"Transformer Engine {transformer_engine.__version__} is older than 2.20"
+    return None
 
 
 def _cuda_version() -> tuple[int, ...]:

@@ -17,9 +17,11 @@ PROMISED = {
     "lightning_fp8.optim": [
         "FP8AdamW",
         "FP8Optimizer",
+        "FP8OptimizerOf",
         "Schedule",
         "WarmupCosine",
         "WarmupStableDecay",
+        "convert_state",
         "enable_gradient_release",
         "export_fp32_state",
         "import_adamw_state",

@@ -11,6 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning_fp8.cli.blueprint import Blueprint, read
 from lightning_fp8.models import DecoderLM
 from lightning_fp8.optim.estimate import MODES, Mode, estimate
+from lightning_fp8.optim.ledger import Ledger
 
 
 def run(args: list[str]) -> None:
@@ -22,6 +23,11 @@ def run(args: list[str]) -> None:
     print("\n".join(as_markdown(lines) if cli.config.markdown else as_text(lines)))
     largest = max(p.numel() for p in cli.model.parameters()) * 2 / 1e9
     print(f"\nReleased gradients exist one at a time; the largest takes {largest:.3g} GB. Activations are not counted.")
+    if cli.config.ranks > 1:
+        print(
+            "DDP keeps the gradients a second time in its buckets, unless gradient_as_bucket_view=True, and refuses"
+            " gradient release. FSDP2 gathers the weights of a module at a time beside its shards."
+        )
 
 
 class EstimateCLI(Blueprint):
@@ -37,7 +43,8 @@ class EstimateCLI(Blueprint):
         """What the configuration itself asks for."""
         fp8, precision = self.config.fp8, self.config.trainer.precision
         bf16 = fp8.weights == "bf16" if fp8.enabled else precision in ("bf16-true", "bf16")
-        return Mode("as configured", torch.bfloat16 if bf16 else torch.float32, self.model.optimizer)
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        return Mode("as configured", dtype, self.model.optimizer, release=self.model.gradient_release)
 
 
 def table(model: DecoderLM, configured: Mode, ranks: int) -> list[list[str]]:
@@ -46,11 +53,11 @@ def table(model: DecoderLM, configured: Mode, ranks: int) -> list[list[str]]:
     for mode in (*MODES, configured):
         whole = estimate(model, mode)
         grads = "transient" if mode.release else f"{whole.grads:.2f}"
-        sizes = [whole.total_bytes]
+        sizes = [_size(whole)]
         if ranks > 1:
-            sizes.append(estimate(model, mode, ways=ranks).total_bytes)
+            sizes = ["refused" if mode.release else _size(whole), _size(estimate(model, mode, ways=ranks))]
         per_param = [f"{whole.weights:.2f}", grads, f"{whole.moments:.2f}", f"{whole.scales:.2f}", f"{whole.total:.2f}"]
-        lines.append([mode.name, *per_param, *(f"{size / 1e9:,.3g} GB" for size in sizes)])
+        lines.append([mode.name, *per_param, *sizes])
     one = "all" if ranks == 1 else "a rank of DDP"
     head = ["", "weights", "grads", "moments", "scales", "B/param", f"{_count(whole.parameters)} parameters, {one}"]
     return [head + ([f"a rank of {ranks}, FSDP2"] if ranks > 1 else []), *lines]
@@ -69,6 +76,10 @@ def as_markdown(lines: list[list[str]]) -> Iterator[str]:
     rule = ["---", *("---:" for _ in head[1:])]
     for line in (head, rule, *rest):
         yield f"| {' | '.join(line)} |"
+
+
+def _size(ledger: Ledger) -> str:
+    return f"{ledger.total_bytes / 1e9:,.3g} GB"
 
 
 def _count(number: int) -> str:

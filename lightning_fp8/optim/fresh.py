@@ -51,3 +51,8 @@ def new_state(p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
     for name in weights_of(p, group["rounding"])._fields[1:]:
         state[name] = shards.new_elements(p, STATE_DTYPES[name])
     return state
+
+
+def fields_of(p: Tensor, group: dict[str, Any]) -> set[str]:
+    """The names in the state of parameter `p` of `group`."""
+    return {"step", *_FIELDS[moments_of(p, group["moments"])], *weights_of(p, group["rounding"])._fields[1:]}

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_fp8.numerics import elementary
 from lightning_fp8.numerics.moments import FP8Moments
 from lightning_fp8.numerics.moments_absmax import AbsmaxE5M2Moments, AbsmaxMoments
 from lightning_fp8.numerics.moments_coat import CoatMoments
@@ -53,7 +54,7 @@ class Hyper(NamedTuple):
 
 
 class Corrections(NamedTuple):
-    """What the moments are divided by because they start at zero: 1 - beta^t, fp32 [n, 1], of each block."""
+    """What the moments are multiplied by because they start at zero: 1 / (1 - beta^t), fp32 [n, 1], of each block."""
 
     m: Tensor
     v: Tensor
@@ -101,7 +102,7 @@ def step_blocks(
     m, v = moments.decode()
     m = m * hyper.beta1 + g * (1 - hyper.beta1)
     v = v * hyper.beta2 + g * g * (1 - hyper.beta2)
-    update = (m / corrections.m) / ((v / corrections.v).sqrt() + hyper.eps)
+    update = (m * corrections.m) / (elementary.sqrt(v * corrections.v) + hyper.eps)
     if hyper.max_update is not None:
         update = update.clamp(-hyper.max_update, hyper.max_update)
     exact = weights.decode() * (1 - hyper.lr * hyper.weight_decay) - update * hyper.lr
@@ -117,4 +118,4 @@ def squared_update_size(grad: Tensor, moments: Moments, corrections: Corrections
     squared = grad.float().square()
     v = moments.decode()[1] * hyper.beta2 + squared * (1 - hyper.beta2)
     floor = max(float(hyper.eps) ** 2, torch.finfo(torch.float32).tiny)
-    return (squared / (v / corrections.v).clamp_min(floor)).sum(dim=1)
+    return (squared / (v * corrections.v).clamp_min(floor)).sum(dim=1)

@@ -5,6 +5,7 @@ import pytest
 from lightning_fp8.cli.main import main
 
 QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
+README = Path(__file__).parents[2] / "README.md"
 BASELINE = str(Path(__file__).parents[2] / "configs" / "precision" / "bf16.yaml")
 TEN_BILLION = [
     *("--model.config.vocab_size", "49152"),
@@ -18,10 +19,10 @@ TEN_BILLION = [
 
 def printed(capsys: pytest.CaptureFixture[str], *args: str) -> list[str]:
     main(["estimate", *args])
-    *lines, empty, note = capsys.readouterr().out.splitlines()
-    assert not empty
-    assert note.startswith("Released gradients exist one at a time")
-    return lines
+    table, notes = capsys.readouterr().out.split("\n\n")
+    assert notes.startswith("Released gradients exist one at a time")
+    assert ("DDP keeps the gradients a second time" in notes) is ("--ranks" in args)
+    return table.splitlines()
 
 
 def cells(lines: list[str]) -> dict[str, list[str]]:
@@ -43,6 +44,16 @@ def test_the_readmes_table_of_ten_billion_parameters(capsys: pytest.CaptureFixtu
     assert float(release[4]) <= 4.1
 
 
+def test_the_readme_holds_the_table_as_it_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = printed(capsys, *TEN_BILLION, "--markdown", "true")
+    assert "\n".join(lines[:-1]) in README.read_text()  # the last line is of the configuration
+
+
+def test_a_configuration_with_gradient_release_is_without_gradients(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = cells(printed(capsys, "-c", QUICKSTART, "--model.gradient_release", "true", "--markdown", "true"))
+    assert lines["as configured"] == lines["the same with gradient release"]
+
+
 def test_the_configuration_itself_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     """The quickstart is FP8AdamW on bf16 weights; the baseline torch's fused AdamW on fp32 ones."""
     lines = cells(printed(capsys, "-c", QUICKSTART, "--markdown", "true"))
@@ -58,6 +69,7 @@ def test_ranks_share_under_fsdp_and_copy_under_ddp(capsys: pytest.CaptureFixture
     table = cells(printed(capsys, *TEN_BILLION, "--ranks", "8", "--markdown", "true"))
     assert table[""][-2:] == ["10 B parameters, a rank of DDP", "a rank of 8, FSDP2"]
     assert table["fp32, AdamW"][-2:] == ["160 GB", "20 GB"]
+    assert table["the same with gradient release"][-2:] == ["refused", "5.06 GB"]
 
 
 def test_text_is_aligned(capsys: pytest.CaptureFixture[str]) -> None:
