@@ -240,9 +240,7 @@ class FabricFP8Precision(FabricPrecision):
         self._switch_layers()
         phase = "bf16" if evaluating and self.eval_precision == "bf16" else self.phase
         device_type = next((p.device.type for module in self._modules for p in module.parameters()), "cpu")
-        mixed: AbstractContextManager[Any] = nullcontext()
-        if self.weights == "fp32":  # without the cache, where a cast made under no_grad would cut off gradients
-            mixed = torch.autocast(device_type, torch.bfloat16, cache_enabled=False)
+        mixed = torch.autocast(device_type, torch.bfloat16) if self.weights == "fp32" else nullcontext()
         fp8, theirs = phase == "fp8", self.backend == "transformer_engine"
         frozen = frozen_scales() if evaluating else nullcontext()
         engine = transformer_engine_autocast(self.recipe, enabled=fp8) if theirs else nullcontext()

@@ -45,6 +45,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "optim": ("numerics", "kernels"),
     "distributed": ("numerics", "compute"),
     "metrics": ("numerics",),
+    "estimate": ("compute", "hardware", "distributed", "optim", "models"),
     "checks": (),
     "precision": ("numerics", "compute", "distributed", "hardware", "checks"),
     "data": (),

@@ -28,7 +28,8 @@ PROMISED = {
     ],
     "lightning_fp8.models": ["Decoder", "DecoderConfig", "DecoderLM", "generate"],
     "lightning_fp8.data": ["TokenDataModule", "prepare"],
-    "lightning_fp8.callbacks": ["LastCheckpoint", "RunLog", "RunReport", "StepProgress", "Throughput"],
+    "lightning_fp8.callbacks": ["FP8Gradients", "LastCheckpoint", "RunLog", "RunReport", "StepProgress", "Throughput"],
+    "lightning_fp8.distributed": ["FP8GradientReduction"],
     "lightning_fp8.metrics": ["BitsPerByte", "Perplexity"],
 }
 

@@ -141,10 +141,7 @@ def _step_by_kernel(batch: _Batch, members: list[Member], group: dict[str, Any])
     """`step_rows` for all rows of each parameter."""
     hyper, size = Hyper.of(group), group["block_size"]
     levels = m_levels(batch.keys.device)
-    rates: Iterable[float | Tensor] = [hyper.lr] * len(members)
-    if group["clip_update_rms"] is not None:
-        chunks = blocks.chunks(tuple(place.shape for place in batch.places), _CHUNK_ELEMENTS["cpu"])
-        rates = _clipped_rates(batch, members, group, chunks).unbind()
+    rates = [hyper.lr if member.rate is None else member.rate for member in members]
     each = zip(batch.places, batch.grads, zip(*batch.stored.values(), strict=True), rates, strict=True)
     for i, (place, grad, (weight, *moments), lr) in enumerate(each):
         adamw(
