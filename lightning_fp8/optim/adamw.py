@@ -33,6 +33,7 @@ from lightning_fp8.optim.ledger import Ledger, measure_ledger
 from lightning_fp8.optim.packing import Member, alike, step_batch
 from lightning_fp8.optim.release import GradientRelease
 from lightning_fp8.optim.state import load_exactly
+from lightning_fp8.optim.step import MOMENTS
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
