@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from lightning_fp8.numerics.weights import BF16_WEIGHTS
 from lightning_fp8.optim import health, shards
 from lightning_fp8.optim.arguments import check_adamw, check_limits, check_shared
-from lightning_fp8.optim.clipping import with_clipped_rates
+from lightning_fp8.optim.update_clipping import with_clipped_rates
 from lightning_fp8.optim.finite import SkippedSteps, free_to_read
 from lightning_fp8.optim.fresh import fields_of, moments_of, new_state, weights_of
 from lightning_fp8.optim.groups import parameter_name
@@ -253,6 +253,11 @@ class FP8AdamW(Optimizer):
     def memory(self) -> Ledger:
         """Bytes a parameter of weights, gradients, moments and scales, measured on the storages of this process."""
         return measure_ledger((p for group in self.param_groups for p in group["params"]), [self])
+
+    @property
+    def skip_counts(self) -> Tensor | None:
+        """Steps skipped in all, and since the last one that was not: int64 [2], on the device; None before any."""
+        return self._skips.counts
 
     @property
     def skipped_steps(self) -> int:
