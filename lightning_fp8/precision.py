@@ -37,6 +37,7 @@ from lightning_fp8.checks import (
     trainer_of,
     warn_of_rounding,
 )
+from lightning_fp8.compute.activations import keep_activations_in_fp8
 from lightning_fp8.compute.autocast import fp8_autocast, frozen_scales
 from lightning_fp8.compute.convert import KEEP_HIGH_PRECISION, ConversionReport, convert_linears
 from lightning_fp8.compute.dtypes import cast_floating, cast_weights, default_dtype
@@ -68,6 +69,8 @@ class FabricFP8Precision(FabricPrecision):
         total_steps: Optimizer steps of the run, for `bf16_last_steps`; the Trainer knows them by itself.
         keep_slow: Also keep layers out of FP8 whose sizes are known to be slower in it; see `convert_linears`.
         cache_weights: Keep the weights' FP8 copies while gradients accumulate, a byte or two a parameter.
+        fp8_activations: Shell patterns of modules that keep what they save for backward in FP8, as ("*mlp", "*norm");
+            see `compute/activations.py`.
 
     Raises:
         ValueError: An argument is not one of those it may be, or the backend cannot run here.
@@ -86,6 +89,7 @@ class FabricFP8Precision(FabricPrecision):
         total_steps: int | None = None,
         keep_slow: bool = False,
         cache_weights: bool = False,
+        fp8_activations: Sequence[str] = (),
     ) -> None:
         if weights not in ("fp32", "bf16"):
             raise ValueError(f"FP8Precision: weights {weights!r} is not one of fp32, bf16.")
@@ -108,6 +112,7 @@ class FabricFP8Precision(FabricPrecision):
         self.total_steps = total_steps
         self.keep_slow = keep_slow
         self.cache_weights = cache_weights
+        self.fp8_activations = tuple(fp8_activations)
         self.steps = 0
         self.report = ConversionReport()
         # What Lightning and others should take the compute precision for: linear layers apart, it is this.
@@ -168,6 +173,7 @@ class FabricFP8Precision(FabricPrecision):
                 f"FP8Precision: {type(module).__name__} has no linear layer that can run in FP8"
                 f" ({reasons or 'it has no torch.nn.Linear'}). Remove the plugin, or widen what it may convert."
             )
+        keep_activations_in_fp8(module, self.fp8_activations)
         rank_zero_info(
             f"FP8: {len(self.report.converted)} linear layers converted, {len(self.report.kept)} kept in high"
             f" precision; weights are {self.weights}, GEMMs {self._describe_gemms()}."

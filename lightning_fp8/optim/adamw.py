@@ -24,7 +24,6 @@ from torch.optim import Optimizer
 from lightning_fp8.numerics.weights import BF16_WEIGHTS
 from lightning_fp8.optim import health, shards
 from lightning_fp8.optim.arguments import check_adamw, check_limits, check_shared
-from lightning_fp8.optim.update_clipping import with_clipped_rates
 from lightning_fp8.optim.finite import SkippedSteps, free_to_read
 from lightning_fp8.optim.fresh import fields_of, moments_of, new_state, weights_of
 from lightning_fp8.optim.groups import parameter_name
@@ -34,6 +33,7 @@ from lightning_fp8.optim.packing import Member, alike, step_batch
 from lightning_fp8.optim.release import GradientRelease
 from lightning_fp8.optim.state import load_exactly
 from lightning_fp8.optim.step import MOMENTS
+from lightning_fp8.optim.update_clipping import with_clipped_rates
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
