@@ -70,9 +70,10 @@ class FP8AdamW(Optimizer):
         max_skipped_steps: Raise when this many steps in a row had gradients that are not finite. Reads the device in
             each step. None never raises.
         track_health: Count what `health()` and `health_by_parameter()` report.
-        compile: Compile the step with `torch.compile`: once for each combination of formats and dtypes, whatever the
-            learning rate, the step and the shapes. The first step then takes a while, and a compiler. Codes and bf16
-            weights have been equal to the eager step's wherever they were compared; fp32 weights differ by an ulp.
+        compile: Compile with `torch.compile` what no kernel steps (`kernels/adamw.py`: on a CPU with a C++ compiler
+            that is moments other than "fp8" and other roundings than "stochastic"): once for each combination of
+            formats and dtypes, whatever the learning rate, the step and the shapes. The first step then takes a while.
+            Codes and bf16 weights are equal to the eager step's wherever they were compared.
 
     Raises:
         ValueError: An argument is out of range, a parameter is neither bf16 nor fp32, or not contiguous, or a gradient
