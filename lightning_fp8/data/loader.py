@@ -117,6 +117,10 @@ class TokenLoader(DataLoader[torch.Tensor]):
             self._epoch_done += self._batches.step
             yield batch
 
+    def leave_out(self, batches: int) -> None:
+        """Moves on in the stream, which has no end: the epoch stays as long. The next `iter()` goes on from there."""
+        self.load_state_dict({**self.state_dict(), "position": self._position + batches * self._batches.step})
+
     def state_dict(self) -> dict[str, Any]:
         """The position, that in the epoch, and what they are positions in."""
         return {"position": self._position, "epoch_done": self._epoch_done, **self._identity}

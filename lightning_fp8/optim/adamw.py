@@ -252,6 +252,11 @@ class FP8AdamW(Optimizer):
             )
 
     @property
+    def skip_counts(self) -> Tensor | None:
+        """Steps skipped in all, and since the last one that was not: int64 [2], on the device; None before any."""
+        return self._skips
+
+    @property
     def skipped_steps(self) -> int:
         """Steps skipped since the optimizer was made or its state loaded; reads the device."""
         return 0 if self._skips is None else int(self._skips[0])
