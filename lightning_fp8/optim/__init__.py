@@ -1,6 +1,7 @@
 """What an optimizer step does: FP8 state, stochastic rounding, gradient release, checkpoints, schedules."""
 
 from lightning_fp8.optim.adamw import FP8AdamW
+from lightning_fp8.optim.clipping import AdaGC, ZClip
 from lightning_fp8.optim.groups import decay_groups
 from lightning_fp8.optim.interchange import export_fp32_state, import_adamw_state
 from lightning_fp8.optim.release import GradientRelease, enable_gradient_release
@@ -8,12 +9,14 @@ from lightning_fp8.optim.schedules import Schedule, WarmupCosine, WarmupStableDe
 from lightning_fp8.optim.wrapper import FP8Optimizer
 
 __all__ = [
+    "AdaGC",
     "FP8AdamW",
     "FP8Optimizer",
     "GradientRelease",
     "Schedule",
     "WarmupCosine",
     "WarmupStableDecay",
+    "ZClip",
     "decay_groups",
     "enable_gradient_release",
     "export_fp32_state",

@@ -27,6 +27,7 @@ from lightning_fp8.optim import shards
 from lightning_fp8.optim.finite import all_finite, count_skips
 from lightning_fp8.optim.fresh import moments_of, new_state, weights_of
 from lightning_fp8.optim.groups import parameter_name
+from lightning_fp8.optim.guidance import warn_of_moments
 from lightning_fp8.optim.health import Counts, Health
 from lightning_fp8.optim.ledger import Ledger, measure_ledger
 from lightning_fp8.optim.packing import Member, alike, step_batch
@@ -316,3 +317,4 @@ def _check_group(group: dict[str, Any]) -> None:
             raise ValueError(f"FP8AdamW: a parameter is {p.dtype}; weights must be bfloat16 or float32.")
         if not p.is_contiguous():
             raise ValueError(f"FP8AdamW: a parameter of shape {tuple(p.shape)} is not contiguous; make it so first.")
+    warn_of_moments(group["moments"], group["betas"], group["eps"])

@@ -113,11 +113,12 @@ DEFAULT_ALARMS: tuple[Alarm, ...] = (
     Alarm("scale_lag", 1.0, advice="a tensor grew twofold in one step; use current scaling, or a margin."),
     # |u| of Adam is about 1: a v that was lost makes it 10 to 600.
     Alarm("update_rms", 3.0, ("update",), advice="v is lost or stale; see moments, eps, clip_update_rms."),
+    Alarm("max_update", 10.0, ("update",), advice="v is lost or stale; see moments, eps, max_update."),
     Alarm("moment_zeros", 1e-4, ("update",), advice='v is lost where it is small; use moments="fp8".'),
     Alarm("logit_max", 100.0, ("attention",), advice=_LOGITS),
     Alarm("log_z", 20.0, ("output",), advice="the output logits drift; use a z-loss."),
     Alarm("log_z", -20.0, ("output",), below=True, advice="the output logits drift; use a z-loss."),
-    Alarm("swiglu_alignment", 0.7, advice="a gate and its up projection align, and SwiGLU turns quadratic."),
+    Alarm("swiglu_alignment", 0.95, advice="a gate and its up projection align, and SwiGLU turns quadratic."),
 )
 # Stochastic rounding leaves most weights where they are, and moves them all on average: no alarm there.
 STALLED = Alarm("stalled_updates", 0.5, ("update",), advice="updates are rounded away; round stochastically.")

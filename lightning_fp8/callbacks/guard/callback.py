@@ -36,6 +36,7 @@ from lightning_fp8.callbacks.guard.snapshots import Snapshots
 from lightning_fp8.callbacks.guard.spikes import SpikeRule
 from lightning_fp8.callbacks.guard.trainer_state import leave_out, put_back, take
 from lightning_fp8.callbacks.guard.watch import StepWatch
+from lightning_fp8.callbacks.monitor import FP8Monitor
 from lightning_fp8.callbacks.readings import Reading
 from lightning_fp8.callbacks.run_log import RunLog
 from lightning_fp8.compute.linear import fall_back
@@ -125,7 +126,7 @@ class FP8Guard(Callback):
         if self._alarms is not None and not self._alarms:
             return
         callbacks: list[Any] = cast(Any, trainer).callbacks
-        monitors = [c for c in callbacks[: callbacks.index(self)] if hasattr(c, "listeners")]
+        monitors = [c for c in callbacks[: callbacks.index(self)] if isinstance(c, FP8Monitor)]
         if not monitors:
             raise ValueError(
                 "FP8Guard acts on what FP8Monitor reads: list an FP8Monitor before it in trainer.callbacks, or give"
