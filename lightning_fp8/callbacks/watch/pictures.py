@@ -127,9 +127,7 @@ def _colors(panel: _Panel) -> Any:
     """Dark is bad; what is not known, or not a number, is grey."""
     from matplotlib import colormaps
 
-    colors = colormaps["viridis" if panel.metric == "block_sqnr_p5" else "viridis_r"].copy()
-    colors.set_bad("0.85")
-    return colors
+    return colormaps["viridis" if panel.metric == "block_sqnr_p5" else "viridis_r"].with_extremes(bad="0.85")
 
 
 def _range(cells: Sequence[Sequence[float]], panel: _Panel) -> tuple[float | None, float | None]:
