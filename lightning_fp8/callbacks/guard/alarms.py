@@ -97,20 +97,26 @@ DEFAULT_ALARMS: tuple[Alarm, ...] = (
     # Gradients have longer tails, and E5M2 spans 2^31.8; unscaled ones are lost all but entirely.
     Alarm("underflow", 0.20, ("grad_output",), advice=_CAST),
     Alarm("underflow", 0.50, ("grad_output",), action="fallback", advice=_CAST),
-    Alarm("saturation", 1e-3, ("input", "weight", "grad_output"), advice=_CAST),
-    Alarm("saturation", 1e-2, ("input", "weight", "grad_output"), action="fallback", advice=_CAST),
-    # Rounding alone gives 31.5 dB in E4M3, and 6 dB less in E5M2 with its one bit less.
+    # None with current scaling; with delayed scaling tensors that grow saturate a few thousandths now and then, and one
+    # that jumps 64-fold nearly all of itself.
+    Alarm("saturation", 0.02, ("input", "weight", "grad_output"), advice=_CAST),
+    Alarm("saturation", 0.10, ("input", "weight", "grad_output"), action="fallback", advice=_CAST),
+    # Rounding alone gives 31.5 dB in E4M3, and 6 dB less in E5M2 with its one bit less. A delayed scale that lags
+    # behind gradients costs another 8 dB for a step.
     Alarm("sqnr", 25.0, ("input", "weight"), below=True, advice=_CAST),
-    Alarm("sqnr", 19.0, ("grad_output",), below=True, advice=_CAST),
+    Alarm("sqnr", 13.0, ("grad_output",), below=True, advice=_CAST),
     Alarm("block_sqnr_p5", 15.0, ("input", "weight"), below=True, advice=_OUTLIERS),
-    # 1 - cosine of the same noise: 3.5e-4 in E4M3, 1.4e-3 in E5M2.
+    # 1 - cosine of the same noise: 3.5e-4 in E4M3, 1.4e-3 in E5M2, 9e-3 with a scale that lags.
     Alarm("cosine_distortion", 2e-3, ("input", "weight"), advice=_CAST),
-    Alarm("cosine_distortion", 8e-3, ("grad_output",), advice=_CAST),
+    Alarm("cosine_distortion", 3e-2, ("grad_output",), advice=_CAST),
     # In [1, width]: 1 where all channels are alike; above 600 at 7 B parameters in Pre-LN models with outliers.
     Alarm("kurtosis", 50.0, ("input",), advice=_OUTLIERS),
-    Alarm("max_median_ratio", 100.0, ("input",), advice=_OUTLIERS),
-    Alarm("scale_drift", 4.0, advice="the magnitude changed 16 times and more since the last reading."),
-    Alarm("scale_lag", 1.0, advice="a tensor grew twofold in one step; use current scaling, or a margin."),
+    # The input of a down projection, a product of two, has come to 90 in a healthy run.
+    Alarm("max_median_ratio", 500.0, ("input",), advice=_OUTLIERS),
+    Alarm("scale_drift", 4.0, ("input", "weight"), advice="the magnitude changed 16-fold since the last reading."),
+    # Early in a run gradients change 8-fold within 10 steps.
+    Alarm("scale_drift", 8.0, ("grad_output",), advice="the magnitude changed 256-fold since the last reading."),
+    Alarm("scale_lag", 3.0, advice="a tensor grew 8-fold and more past its scale; use current scaling, or a margin."),
     # |u| of Adam is about 1: a v that was lost makes it 10 to 600.
     Alarm("update_rms", 3.0, ("update",), advice="v is lost or stale; see moments, eps, clip_update_rms."),
     Alarm("max_update", 10.0, ("update",), advice="v is lost or stale; see moments, eps, max_update."),

@@ -74,7 +74,7 @@ class FP8Guard(Callback):
         check_every: int = 10,
         skip_nonfinite: bool = True,
     ) -> None:
-        if check_every < 1 or (rewind and rewind.snapshot_every % check_every):
+        if check_every < 1 or (spikes and rewind and rewind.snapshot_every % check_every):
             raise ValueError(
                 f"FP8Guard: check_every is {check_every}; it must be at least 1 and divide rewind.snapshot_every, so"
                 " that a snapshot is taken when all losses before it are known."
