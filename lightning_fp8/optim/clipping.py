@@ -181,6 +181,6 @@ def _gradients(params: Iterable[Tensor]) -> list[Tensor]:
 def _norms(grads: Sequence[Tensor]) -> Tensor:
     """The norm of each gradient, of all its shards: fp32 [n]."""
     if not any(isinstance(grad, DTensor) for grad in grads):
-        return torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32))
+        return torch.stack(torch._foreach_norm(list(grads), 2, dtype=torch.float32))
     norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]
     return torch.stack([norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms])

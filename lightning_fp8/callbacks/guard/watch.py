@@ -26,7 +26,7 @@ class Seen(NamedTuple):
 
     Attributes:
         skipped: Steps left out for gradients that are not finite.
-        spike: A spike that was confirmed; what came after it is not looked at.
+        spike: The first spike that was confirmed.
     """
 
     skipped: int
@@ -86,13 +86,13 @@ class StepWatch:
         """Reads the device, once, and looks at what was not seen yet; on all ranks."""
         self._read()
         skipped, self._unseen = self._unseen, 0
+        first: Spike | None = None
         for loss in self._losses.take():
             spike = self._detector.see(self._next, loss) if self._detector else None
+            first = first or spike
             self._next += 1
-            if spike is not None:
-                return Seen(skipped, spike)
         self._next = self.data_step
-        return Seen(skipped, None)
+        return Seen(skipped, first)
 
     def _read(self) -> None:
         counts = [skipper.counts for skipper in self._skippers.values()]

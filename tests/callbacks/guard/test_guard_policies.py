@@ -24,6 +24,7 @@ from lightning_fp8.callbacks.guard.alarms import raised
 from lightning_fp8.callbacks.guard.events import Event, EventLog
 from lightning_fp8.callbacks.guard.losses import WaitingLosses
 from lightning_fp8.callbacks.guard.snapshots import Snapshots
+from lightning_fp8.callbacks.guard.watch import StepWatch
 from lightning_fp8.callbacks.readings import Figure, Reading
 
 UNDERFLOW = Alarm("underflow", 0.3, ("input",), action="fallback")
@@ -227,6 +228,26 @@ def test_losses_of_micro_batches_are_added_and_read_once():
     other.load_state_dict(state)
     assert other.take() == losses.take() == [14.0]
     assert losses.take() == []
+
+
+def test_a_plain_loop_watches_its_steps():
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([p], lr=0.1)
+    watch = StepWatch(SpikeRule(window=8, arm_after=4))
+    watch.attach([optimizer])
+    found = []
+    for step in range(1, 21):
+        p.grad = torch.full((3,), math.nan if step == 7 else 0.01)
+        watch.before_step(optimizer)
+        optimizer.step()
+        watch.add(torch.tensor(9.0 if step in (13, 14) else 3.0), ends_step=True)
+        if step % 5 == 0:
+            found.append(watch.look())
+            watch.load_state_dict(json.loads(json.dumps(watch.state_dict())))
+    assert [seen.skipped for seen in found] == [0, 1, 0, 0]
+    assert [seen.spike and seen.spike[:2] for seen in found] == [None, None, (12, 13), None]
+    assert watch.state_dict()["next"] == watch.data_step == 20
+    assert p.isfinite().all()
 
 
 @pytest.mark.parametrize("on_disk", [True, False])

@@ -4,11 +4,10 @@ import json
 
 import torch
 import torch.distributed as dist
-from guarded import STEPS, batches_of, guard, run, trained
+from guarded import STEPS, batches_of, guard, run
 from ranks import spawn
-from test_precision_resume import differences
 
-from lightning_fp8.callbacks.guard import FallbackRule, RewindRule
+from lightning_fp8.callbacks.guard import RewindRule
 from lightning_fp8.optim import FP8AdamW
 
 DDP = {"strategy": "ddp", "devices": 2, "accumulate_grad_batches": 2}
@@ -46,16 +45,13 @@ def on_a_rank(folder, data):
         lines = (folder / "spike/events.jsonl").read_text().splitlines()
         assert [json.loads(line) for line in lines] == [event]
     for optimizer in (FP8AdamW, torch.optim.AdamW):
-        guarded = guard(alarms=[], fallback=FallbackRule())
-        bad = own[9:10] if rank else []  # the second batch of step 4
-        module, _ = run(folder / optimizer.__name__, data, guarded, bad=bad, kind="nan", optimizer=optimizer, **DDP)
+        guarded = guard()
+        options = {"bad": own[9:10] if rank else [], "kind": "nan", "optimizer": optimizer, "steps": 6, **DDP}
+        module, _ = run(folder / optimizer.__name__, data, guarded, **options)  # bad: the second batch of step 5
         (event,) = same_on_all([vars(event) for event in guarded.events])
         assert (event["step"], event["action"], event["figure"]) == (6, "skip", 1.0)
         assert all(p.isfinite().all() for p in module.parameters())
         same_on_all(fingerprint(module))
-    plain, on = (run(folder / name, data, *callbacks, noise=0.0, **DDP)[1] for name, callbacks in
-                 {"off": (), "on": (guard(),)}.items())  # fmt: skip
-    assert differences(trained(plain), trained(on)) == []
 
 
 def test_two_processes_decide_alike(prepared, tmp_path):
