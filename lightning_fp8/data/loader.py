@@ -94,7 +94,8 @@ class TokenLoader(DataLoader[torch.Tensor]):
     """
 
     def __init__(self, batches: TokenBatches, num_workers: int, identity: Mapping[str, Any] | None = None) -> None:
-        super().__init__(batches, batch_size=None, num_workers=num_workers)
+        # torch draws a seed for the workers at each `iter()`: not from the random numbers that training goes on with.
+        super().__init__(batches, batch_size=None, num_workers=num_workers, generator=torch.Generator())
         self._batches = batches
         self._identity = dict(identity or {})
         self._position = 0

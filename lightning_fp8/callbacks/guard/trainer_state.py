@@ -126,7 +126,10 @@ def _set_counters(loop: Any, saved: dict[str, Any], prefix: str) -> None:
 
 
 def _begin_iterating(trainer: Trainer) -> None:
-    """Lets the loaders give batches from where they now stand; random numbers are left as they are."""
+    """Lets the loaders give batches from where they now stand.
+
+    Random numbers are left as they are, but by a loader that draws them with its first batch.
+    """
     fit_loop: Any = trainer.fit_loop
     fetcher = fit_loop._data_fetcher
     with isolate_rng():

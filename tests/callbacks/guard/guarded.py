@@ -17,9 +17,9 @@ STEPS = 24
 
 
 class Poisoned(DecoderLM):
-    """A decoder whose loss depends on random numbers, by the part `noise`; some batches are bad."""
+    """A decoder whose loss depends on random numbers, up to the part `noise`; some batches are bad."""
 
-    def __init__(self, bad=(), optimizer=FP8AdamW, kind="loss", noise=1e-3):
+    def __init__(self, bad=(), optimizer=FP8AdamW, kind="loss", noise=0.2):
         super().__init__(SHAPE, optimizer=optimizer, schedule=WarmupCosine(warmup_steps=2))
         self.bad = [tuple(batch.flatten().tolist()) for batch in bad]
         self.kind, self.noise = kind, noise
