@@ -1,15 +1,19 @@
 """What the plugin costs a training step beside plain bf16: time, and tokens a second, through Fabric.
 
-    python benchmarks/plugin.py [--accelerator cuda] [--hidden-size 2048] [--compile]
+    python benchmarks/plugin.py [--accelerator cuda] [--hidden-size 2048] [--compile] [--json results.json]
 
 Both arms have the same decoder, data and optimizer; steps of the two alternate, so that what else the machine does
-falls on both. On devices without FP8 GEMMs they are emulated, and what this prints is the price of that.
+falls on both, and medians are compared. On devices without FP8 GEMMs they are emulated, and what this prints is the
+price of that.
 """
 
 import argparse
+import json
+import platform
 import statistics
 import time
 import warnings
+from pathlib import Path
 
 import torch
 from lightning.fabric import Fabric
@@ -45,11 +49,22 @@ def main() -> None:
     tokens = args.batch_size * args.length
     flops = flops_per_token(config, args.length)
     print(f"{hardware.describe_device()}; FP8 GEMMs {hardware.describe_fp8()}; {tokens} tokens a step")
-    plain = statistics.median(seconds["bf16"])
+    plain, results = statistics.median(seconds["bf16"]), {}
     for name, times in seconds.items():
-        median = statistics.median(times)
-        rate = f"{tokens / median:10,.0f} tokens/s  {flops * tokens / median / 1e12:8.2f} TFLOP/s"
+        low, median, high = statistics.quantiles(times, n=4)
+        speed = {"tokens_per_second": tokens / median, "flops_per_second": flops * tokens / median}
+        results[name] = {"seconds": median, "quartiles": [low, high], **speed, "of_bf16": plain / median}
+        rate = f"{tokens / median:10,.0f} tokens/s  {speed['flops_per_second'] / 1e12:8.2f} TFLOP/s"
         print(f"{name:18} {1e3 * median:9.2f} ms a step  {rate}  {plain / median:5.2f} x bf16")
+    if args.json:
+        facts = {
+            "device": hardware.describe_device(),
+            "fp8_gemms": hardware.describe_fp8(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "setting": {name: value for name, value in vars(args).items() if name != "json"},
+        }
+        args.json.write_text(json.dumps(facts | {"arms": results}, indent=2) + "\n")
 
 
 def build(config: DecoderConfig, args: argparse.Namespace, options: dict):
@@ -81,6 +96,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=4, help="sequences a step")
     parser.add_argument("--repeats", type=int, default=10, help="timed steps of each arm")
     parser.add_argument("--compile", action="store_true", help="torch.compile the decoder")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
     return parser.parse_args()
 
 

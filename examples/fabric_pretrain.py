@@ -4,7 +4,11 @@
     python examples/fabric_pretrain.py
 
 The same model, data order, optimizer and schedule as `lightning-fp8 fit --config configs/quickstart.yaml`, so the same
-loss, to the last bit. What makes it FP8 is two lines: the plugin and the optimizer.
+loss, to the last bit. What makes it FP8 is two lines: the plugin and the optimizer. With `--recipe delayed` the plugin
+also has a state, the scales; Fabric saves it with the rest, and the run resumes bit for bit:
+
+    python examples/fabric_pretrain.py --recipe delayed --stop-at 200
+    python examples/fabric_pretrain.py --recipe delayed --resume
 """
 
 import argparse
@@ -25,7 +29,8 @@ from lightning_fp8.optim import FP8AdamW, WarmupCosine, decay_groups
 
 def main() -> None:
     args = parse_arguments()
-    fabric = Fabric(accelerator=args.accelerator, devices=1, plugins=[FabricFP8Precision(weights="bf16")])
+    plugin = FabricFP8Precision(args.recipe, weights="bf16")
+    fabric = Fabric(accelerator=args.accelerator, devices=1, plugins=[plugin])
     seed_everything(args.seed)
     data = TokenDataModule(args.data, sequence_length=128, batch_size=16)
     loader = fabric.setup_dataloaders(data.train_dataloader())
@@ -39,12 +44,13 @@ def main() -> None:
     decoder, optimizer = fabric.setup(decoder, optimizer)
     schedule = WarmupCosine(warmup_steps=args.warmup, final_ratio=0.0).of(optimizer, args.steps)
 
-    step, last = 0, args.checkpoint
-    if last.exists() and args.resume:
-        saved = {"model": decoder, "optimizer": optimizer, "schedule": schedule, "loader": loader}
-        step = fabric.load(last, saved)["step"]
+    step, end, last = 0, args.stop_at or args.steps, args.checkpoint
+    # Fabric saves no plugin by itself: with delayed scaling, or a schedule of precisions, name it here.
+    state = {"model": decoder, "optimizer": optimizer, "schedule": schedule, "loader": loader, "fp8": plugin}
+    if args.resume:
+        step = fabric.load(last, state)["step"]
     started = time.perf_counter()
-    while step < args.steps:
+    while step < end:
         for batch in loader:
             logits = decoder(batch[:, :-1])
             loss = F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
@@ -56,10 +62,9 @@ def main() -> None:
             step += 1
             if step % 10 == 0:
                 fabric.print(f"step {step:5}  loss {loss.item():.4f}  {time.perf_counter() - started:6.1f} s")
-            if step % args.save_every == 0 or step == args.steps:
-                state = {"model": decoder, "optimizer": optimizer, "schedule": schedule, "loader": loader}
+            if step % args.save_every == 0 or step == end:
                 fabric.save(last, {**state, "step": step})
-            if step == args.steps:
+            if step == end:
                 break
     evaluate(fabric, decoder, data)
 
@@ -81,6 +86,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="data/quickstart", help="a folder that `lightning-fp8 prepare` wrote")
     parser.add_argument("--steps", type=int, default=500, help="optimizer steps")
+    parser.add_argument("--stop-at", type=int, help="stop there and save, as where a job's time is up")
+    parser.add_argument("--recipe", default="tensorwise", help="how operands are scaled: a preset's name")
     parser.add_argument("--warmup", type=int, default=100, help="optimizer steps to the peak learning rate")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0, help="of the weights")

@@ -5,6 +5,7 @@ small learning rate adds; a schedule that ends in bf16 has to know where the end
 """
 
 import math
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
@@ -27,7 +28,7 @@ def check_owns_all(model: nn.Module, optimizer: Optimizer) -> None:
         )
 
 
-def check_owns_some(modules: list[nn.Module], optimizer: Optimizer) -> None:
+def check_owns_some(modules: Collection[nn.Module], optimizer: Optimizer) -> None:
     """For Fabric, where an optimizer may train other things as well.
 
     Raises:
@@ -38,6 +39,29 @@ def check_owns_some(modules: list[nn.Module], optimizer: Optimizer) -> None:
             f"FP8Precision: {type(optimizer).__name__} holds no parameter of a model that was set up, so training"
             " would change nothing. Build it from the parameters of the model that fabric.setup returned."
         )
+
+
+def trained_layers(modules: Iterable[nn.Module], optimizer: Any, known: Iterable[Optimizer]) -> Iterator[nn.Module]:
+    """The layers for which a step of `optimizer` ends a step: where several take turns, each has layers of its own.
+
+    These are the layers whose weights it holds and, in the models that it trains, those whose frozen weights no `known`
+    optimizer holds (what another one holds may be frozen for this turn alone, as in a GAN). Optimizers of strategies
+    that are none of torch's end the step of all layers.
+    """
+    if not isinstance(optimizer, Optimizer):
+        for module in modules:
+            yield from module.modules()
+        return
+    held, held_by_any = _ids(optimizer), {key for other in known for key in _ids(other)}
+    for module in modules:
+        if held.isdisjoint(id(p) for p in module.parameters()):
+            continue
+        for layer in module.modules():
+            weight = getattr(layer, "weight", None)
+            if not isinstance(weight, nn.Parameter):
+                continue
+            if id(weight) in held or not (weight.requires_grad or id(weight) in held_by_any):
+                yield layer
 
 
 def warn_of_rounding(weights: str, optimizer: Optimizer) -> None:

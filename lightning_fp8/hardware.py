@@ -12,6 +12,10 @@ import torch
 # Asked once, when the module is imported: a compiled graph cannot ask.
 _CPU_HAS_MATRIX_UNITS = bool(torch.cpu.get_capabilities().get("amx_bf16", False))
 _OLDEST_TRANSFORMER_ENGINE = (2, 20)
+INSTALL_TRANSFORMER_ENGINE = (
+    'pip install --no-build-isolation "lightning-fp8[te]" (it is compiled against the torch that is installed, so'
+    " setuptools, wheel, ninja and pybind11 must be, too)"
+)
 
 
 def emulation_dtype(device_type: str) -> torch.dtype:
@@ -64,20 +68,11 @@ def why_not_transformer_engine(granularity: str) -> str | None:
     """
     if not torch.cuda.is_available():
         return "there is no CUDA device"
-    install = (
-        'pip install --no-build-isolation "lightning-fp8[te]" (it is compiled against the torch that is installed, so'
-        " setuptools, wheel, ninja and pybind11 must be, too)"
-    )
-    try:
-        import transformer_engine
-        import transformer_engine.pytorch as te
-    except ModuleNotFoundError as error:
-        return f"{error.name} is not installed. {install}"
-    except Exception as error:  # of many kinds: libraries that are not found, parts of different versions
-        return f"Transformer Engine does not import ({type(error).__name__}: {error}). {install}"
-    version = tuple(int(part) for part in transformer_engine.__version__.split(".")[:2])
-    if version < _OLDEST_TRANSFORMER_ENGINE:
-        return f"Transformer Engine {transformer_engine.__version__} is older than 2.20. {install}"
+    problem = what_ails_transformer_engine()
+    if problem:
+        return f"{problem}. {INSTALL_TRANSFORMER_ENGINE}"
+    import transformer_engine.pytorch as te
+
     ask = {
         "block_1x128": te.is_fp8_block_scaling_available,
         "block_128x128": te.is_fp8_block_scaling_available,
@@ -85,6 +80,21 @@ def why_not_transformer_engine(granularity: str) -> str | None:
     }.get(granularity, te.is_fp8_available)
     can, reason = ask(return_reason=True)
     return None if can else str(reason).rstrip(".")
+
+
+def what_ails_transformer_engine() -> str | None:
+    """Why Transformer Engine, whatever the device, cannot be used as it is installed; None if it can."""
+    try:
+        import transformer_engine
+        import transformer_engine.pytorch
+    except ModuleNotFoundError as error:
+        return f"{error.name} is not installed"
+    except Exception as error:  # of many kinds: libraries that are not found, parts of different versions
+        return f"Transformer Engine does not import ({type(error).__name__}: {error})"
+    version = tuple(int(part) for part in transformer_engine.__version__.split(".")[:2])
+    if version < _OLDEST_TRANSFORMER_ENGINE:
+        return f"Transformer Engine {transformer_engine.__version__} is older than 2.20"
+    return None
 
 
 def _cuda_version() -> tuple[int, ...]:
@@ -149,23 +159,41 @@ class Accelerator:
         bf16: Dense bf16 matrix FLOP/s, fp32 accumulation.
         fp8: Dense FP8 matrix FLOP/s.
         bandwidth: Of its memory, bytes/s.
+        memory: Bytes.
+        link: To the others of a node, bytes/s in one direction.
+        network: To other nodes, bytes/s in one direction, of the systems that its maker sells or describes.
+        granularities: Of scales that its FP8 GEMMs take; as in `compute.recipe.Operand.granularity`.
     """
 
     name: str
     bf16: float
     fp8: float
     bandwidth: float
+    memory: float
+    link: float
+    network: float
+    granularities: tuple[str, ...] = ("tensor", "row")
 
+
+NODE_SIZE = 8  # devices of a node: DGX and HGX boards, and MI300X platforms
+_BLOCKS, _MX = ("block_1x128", "block_128x128"), ("mx_1x32",)
 
 # NVIDIA's datasheets of H100 SXM5, H200 SXM, B200 (HGX), L40S and the Ada white paper; AMD's of MI300X. All dense:
-# where a datasheet gives figures with sparsity, half of them.
+# where a datasheet gives figures with sparsity, half of them. Links: NVLink 4 and 5, 900 and 1,800 GB/s in both
+# directions together, half in one; MI300X, seven Infinity Fabric links of 64 GB/s; PCIe 4 x16 where there is neither.
+# Networks: one 400 Gb/s adapter a device (DGX H100, H200 and B200 user guides; AMD's cluster reference); 200 Gb/s
+# (NVIDIA's OVX L40S reference: one adapter of 400 for two); a 100 Gb/s card beside a GeForce, an assumption.
 ACCELERATORS = {
-    "h100": Accelerator("H100 SXM", 989.4e12, 1978.9e12, 3.35e12),
-    "h200": Accelerator("H200 SXM", 989.4e12, 1978.9e12, 4.8e12),
-    "b200": Accelerator("B200", 2250e12, 4500e12, 8.0e12),
-    "l40s": Accelerator("L40S", 362.05e12, 733e12, 0.864e12),
-    "rtx4090": Accelerator("GeForce RTX 4090", 165.2e12, 330.3e12, 1.008e12),
-    "mi300x": Accelerator("MI300X", 1307.4e12, 2614.9e12, 5.3e12),
+    "h100": Accelerator(
+        "H100 SXM", 989.4e12, 1978.9e12, 3.35e12, 80e9, 450e9, 50e9, granularities=("tensor", "row", *_BLOCKS)
+    ),
+    "h200": Accelerator(
+        "H200 SXM", 989.4e12, 1978.9e12, 4.8e12, 141e9, 450e9, 50e9, granularities=("tensor", "row", *_BLOCKS)
+    ),
+    "b200": Accelerator("B200", 2250e12, 4500e12, 8.0e12, 180e9, 900e9, 50e9, granularities=("tensor", "row", *_MX)),
+    "l40s": Accelerator("L40S", 362.05e12, 733e12, 0.864e12, 48e9, 32e9, 25e9),
+    "rtx4090": Accelerator("GeForce RTX 4090", 165.2e12, 330.3e12, 1.008e12, 24e9, 32e9, 12.5e9),
+    "mi300x": Accelerator("MI300X", 1307.4e12, 2614.9e12, 5.3e12, 192e9, 448e9, 50e9),
 }
 
 _NAMES = {

@@ -4,7 +4,8 @@
     init contexts       new modules and tensors get the weights' dtype
     forward_context     FP8 on or off; default dtype bf16 (weights "bf16") or torch.autocast to bf16 (weights "fp32")
     *_step_context      the same for evaluation, as `eval_precision` says
-    optimizer_step      delayed scales advance, cached weight casts end, the schedule counts
+    optimizer_step      delayed scales advance and cached weight casts end, of the layers that the optimizer trains; the
+                        schedule counts
     connect             the optimizer is checked before the first step; with Fabric, which has no such hook, in it
     state dict          the scaling state and the step; never in the model's own
 
@@ -16,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import zip_longest
 from typing import Any, Literal
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from lightning.fabric.plugins.precision import Precision as FabricPrecision
@@ -32,13 +33,15 @@ from lightning_fp8.checks import (
     check_release,
     check_total,
     total_steps,
+    trained_layers,
     trainer_of,
     warn_of_rounding,
 )
 from lightning_fp8.compute.autocast import fp8_autocast, frozen_scales
 from lightning_fp8.compute.convert import KEEP_HIGH_PRECISION, ConversionReport, convert_linears
+from lightning_fp8.compute.dtypes import cast_floating, cast_weights, default_dtype
 from lightning_fp8.compute.gemm import Backend, describe_backend, select_backend
-from lightning_fp8.compute.linear import end_step, switch
+from lightning_fp8.compute.linear import end_step_of, switch
 from lightning_fp8.compute.recipe import Recipe, resolve_recipe
 from lightning_fp8.compute.state import fp8_state_dict, load_fp8_state_dict
 from lightning_fp8.compute.transformer_engine.convert import convert_to_transformer_engine, transformer_engine_autocast
@@ -111,13 +114,24 @@ class FabricFP8Precision(FabricPrecision):
         self.precision = "bf16-true" if weights == "bf16" else "bf16-mixed"
         self._last_step = total_steps
         self._weights_dtype = torch.bfloat16 if weights == "bf16" else torch.float32
-        self._modules: list[nn.Module] = []  # Fabric may set up several
         self._switched_to: Phase | None = None  # what the layers run in; unknown at first
-        self._checked = WeakSet[Optimizer]()
+        self._know_nothing()
 
     def __repr__(self) -> str:
         # FSDPStrategy refuses plugins of others by printing them: its error is to name what shards instead.
         return f"{type(self).__name__}(weights={self.weights!r}, …), which is sharded by ModelParallelStrategy"
+
+    def _know_nothing(self) -> None:
+        self._modules = WeakKeyDictionary[nn.Module, None]()  # in the order in which they were set up
+        self._optimizers = WeakSet[Optimizer]()  # those that were checked
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For processes that are given a copy, as those of `ddp_spawn`: each sets up models and optimizers itself."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_modules", "_optimizers")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._know_nothing()
 
     @property
     def phase(self) -> Phase:
@@ -126,13 +140,17 @@ class FabricFP8Precision(FabricPrecision):
         ending = self._last_step is not None and self.steps >= self._last_step - self.bf16_last_steps
         return "bf16" if starting or (ending and self.bf16_last_steps) else "fp8"
 
+    def compute_dtype(self) -> torch.dtype:
+        """What later releases of Lightning ask, whose ThroughputMonitor would take the plugin for fp32."""
+        return torch.bfloat16
+
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Casts the weights and converts the linear layers, in place; idempotent.
 
         Raises:
             ValueError: No linear layer can run in FP8.
         """
-        module.to(self._weights_dtype)
+        cast_weights(module, self._weights_dtype)
         options: dict[str, Any] = {
             "keep_high_precision": self.keep_high_precision,
             "keep_slow": self.keep_slow,
@@ -154,14 +172,13 @@ class FabricFP8Precision(FabricPrecision):
             f"FP8: {len(self.report.converted)} linear layers converted, {len(self.report.kept)} kept in high"
             f" precision; weights are {self.weights}, GEMMs {self._describe_gemms()}."
         )
-        if not any(module is known for known in self._modules):
-            self._modules.append(module)
+        self._modules[module] = None
         self._switched_to = None
         return module
 
     def tensor_init_context(self) -> AbstractContextManager[Any]:
         """New tensors have the weights' dtype."""
-        return _default_dtype(self._weights_dtype)
+        return default_dtype(self._weights_dtype)
 
     def module_init_context(self) -> AbstractContextManager[Any]:
         """New modules have the weights' dtype."""
@@ -173,25 +190,24 @@ class FabricFP8Precision(FabricPrecision):
 
     def convert_input(self, data: Any) -> Any:
         """Floating-point inputs to the weights' dtype; integers stay."""
-        return apply_to_collection(data, dtype=Tensor, function=_cast_floating, to=self._weights_dtype)
+        return apply_to_collection(data, dtype=Tensor, function=cast_floating, to=self._weights_dtype)
 
     def convert_output(self, data: Any) -> Any:
         """Floating-point outputs to the default dtype; integers stay."""
-        return apply_to_collection(data, dtype=Tensor, function=_cast_floating, to=torch.get_default_dtype())
+        return apply_to_collection(data, dtype=Tensor, function=cast_floating, to=torch.get_default_dtype())
 
     def optimizer_step(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-        """Steps as Lightning does, and ends the step for the converted layers: once an accumulation window.
+        """Steps as Lightning does, and ends the step of the layers it trains: once an accumulation window.
 
         Raises:
             ValueError: The optimizer holds no parameter of a model that was set up.
         """
-        if isinstance(optimizer, Optimizer) and optimizer not in self._checked:  # Fabric has no earlier hook for it
+        if isinstance(optimizer, Optimizer) and optimizer not in self._optimizers:  # Fabric has no earlier hook for it
             check_owns_some(self._modules, optimizer)
             self._accept(optimizer)
         result = super().optimizer_step(optimizer, *args, **kwargs)
         if self.recipe.scaling == "delayed" or self.cache_weights:
-            for module in self._modules:
-                end_step(module)
+            end_step_of(trained_layers(self._modules, optimizer, self._optimizers))
         before = self.phase
         self.steps += 1
         if self.phase != before:
@@ -223,7 +239,7 @@ class FabricFP8Precision(FabricPrecision):
             check_total(self.bf16_last_steps, self._last_step)
         self._switch_layers()
         phase = "bf16" if evaluating and self.eval_precision == "bf16" else self.phase
-        device_type = next(self._modules[-1].parameters()).device.type
+        device_type = next((p.device.type for module in self._modules for p in module.parameters()), "cpu")
         mixed = torch.autocast(device_type, torch.bfloat16) if self.weights == "fp32" else nullcontext()
         fp8, theirs = phase == "fp8", self.backend == "transformer_engine"
         frozen = frozen_scales() if evaluating else nullcontext()
@@ -244,7 +260,7 @@ class FabricFP8Precision(FabricPrecision):
 
     def _accept(self, optimizer: Optimizer) -> None:
         warn_of_rounding(self.weights, optimizer)
-        self._checked.add(optimizer)
+        self._optimizers.add(optimizer)
 
 
 class FP8Precision(FabricFP8Precision, Precision):
@@ -252,7 +268,7 @@ class FP8Precision(FabricFP8Precision, Precision):
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """As in Fabric, for the one module that this fit trains."""
-        self._modules.clear()
+        self._know_nothing()
         return super().convert_module(module)
 
     @contextmanager
@@ -261,17 +277,7 @@ class FP8Precision(FabricFP8Precision, Precision):
         with self._forward_context(evaluating=True):
             yield
 
-    @contextmanager
-    def test_step_context(self) -> Iterator[None]:
-        """As `eval_precision` says."""
-        with self._forward_context(evaluating=True):
-            yield
-
-    @contextmanager
-    def predict_step_context(self) -> Iterator[None]:
-        """As `eval_precision` says."""
-        with self._forward_context(evaluating=True):
-            yield
+    test_step_context = predict_step_context = val_step_context
 
     def connect(
         self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]
@@ -299,17 +305,3 @@ class FP8Precision(FabricFP8Precision, Precision):
         self.steps = int(checkpoint.get("global_step", 0))
         if type(self).__qualname__ not in checkpoint:
             self.load_state_dict({})
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def _cast_floating(tensor: Tensor, to: torch.dtype) -> Tensor:
-    return tensor.to(to) if tensor.is_floating_point() else tensor

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from states import differences
 
 ROOT = Path(__file__).parent.parent
 STEPS = 20
@@ -36,6 +38,17 @@ def work(tmp_path_factory):
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
 def test_an_example_is_short(example):
     assert len(example.read_text().splitlines()) <= 150
+
+
+def test_fabric_resumes_bit_for_bit(work):
+    script = [str(ROOT / "examples/fabric_pretrain.py"), "--recipe", "delayed", "--warmup", "5", "--steps", str(STEPS)]
+    for part, options in (("whole", []), ("half", ["--stop-at", str(STEPS // 2)])):
+        run(*script, "--checkpoint", f"{part}.ckpt", *options, cwd=work)
+    run(*script, "--checkpoint", "half.ckpt", "--resume", "--seed", "1", cwd=work)  # its weights are those of the file
+    whole, resumed = (torch.load(work / f"{part}.ckpt", weights_only=True) for part in ("whole", "half"))
+    assert whole["step"] == STEPS
+    assert len(whole["fp8"]["scales"][0]["layers"]) > 0
+    assert differences(whole, resumed) == []
 
 
 def test_fabric_reaches_the_loss_of_the_command_line(work):

@@ -1,11 +1,10 @@
-"""The plugin in the Trainer and in Fabric: training, checkpoints, and the scenarios of Lightning's own plugin tests."""
+"""The plugin in the Trainer and in Fabric: training, checkpoints, and what they leave behind."""
 
 import logging
 
 import pytest
 import torch
 from lightning.fabric import Fabric
-from lightning.pytorch import LightningModule
 from small_models import Regression, batches, trainer
 from torch import nn
 
@@ -17,7 +16,6 @@ from lightning_fp8.optim import FP8AdamW
 
 OPTIMIZERS = {"fp32": torch.optim.AdamW, "bf16": FP8AdamW}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PLUGINS = [FP8Precision, FabricFP8Precision]
 
 
 @pytest.mark.parametrize("weights", DTYPES)
@@ -181,94 +179,3 @@ def test_the_setup_of_fabric_leaves_an_earlier_optimizer_in_charge():
 def test_precision_tells_others_the_compute_dtype():
     assert FP8Precision(weights="bf16").precision == "bf16-true"
     assert FP8Precision().precision == "bf16-mixed"
-
-
-# What Lightning's own tests ask of its half, bitsandbytes and Transformer Engine plugins.
-
-
-@pytest.mark.parametrize("plugin", PLUGINS)
-@pytest.mark.parametrize("weights", DTYPES)
-def test_new_modules_and_tensors_have_the_dtype_of_the_weights(plugin, weights):
-    used = plugin(weights=weights)
-    for context in (used.module_init_context, used.tensor_init_context):
-        with context():
-            assert nn.Linear(2, 2).weight.dtype is torch.zeros(2).dtype is DTYPES[weights]
-        assert torch.get_default_dtype() is torch.float32
-        with pytest.raises(RuntimeError, match="boom"), context():
-            raise RuntimeError("boom")
-        assert torch.get_default_dtype() is torch.float32
-
-
-@pytest.mark.parametrize("plugin", PLUGINS)
-@pytest.mark.parametrize("weights", DTYPES)
-def test_conversion_is_in_place_and_keeps_what_cannot_run_in_fp8(plugin, weights):
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.bare, self.ragged = nn.Linear(16, 48, bias=False), nn.Linear(1, 3)
-            self.norm, self.lm_head = nn.LayerNorm(16), nn.Linear(16, 16)
-            self.register_buffer("ids", torch.arange(3))
-
-    model, used = Model(), plugin(weights=weights)
-    parameters = dict(model.named_parameters())
-    assert used.convert_module(model) is model
-    assert used.convert_module(model) is model  # idempotent
-    assert used.report.converted == ["bare"]
-    assert list(used.report.kept) == ["ragged", "lm_head"]
-    assert [type(m) for m in model.children()] == [FP8Linear, nn.Linear, nn.LayerNorm, nn.Linear]
-    assert model.bare.bias is None
-    assert {name: id(p) for name, p in model.named_parameters()} == {name: id(p) for name, p in parameters.items()}
-    assert {p.dtype for p in model.parameters()} == {DTYPES[weights]}
-    assert model.ids.dtype is torch.int64
-
-
-@pytest.mark.parametrize("plugin", PLUGINS)
-@pytest.mark.parametrize("weights", DTYPES)
-def test_floating_inputs_and_outputs_are_converted_and_integers_left_alone(plugin, weights):
-    used = plugin(weights=weights)
-    data = {"x": torch.ones(2, dtype=torch.float64), "pair": (torch.ones(2).half(), torch.arange(2)), "name": "a"}
-    data["mask"] = torch.ones(2, dtype=torch.bool)
-    given = used.convert_input(data)
-    assert (given["x"].dtype, given["pair"][0].dtype) == (DTYPES[weights],) * 2
-    assert (given["pair"][1].dtype, given["mask"].dtype, given["name"]) == (torch.int64, torch.bool, "a")
-    returned = used.convert_output(given)
-    assert returned["x"].dtype is returned["pair"][0].dtype is torch.float32
-    assert (returned["pair"][1].dtype, returned["mask"].dtype) == (torch.int64, torch.bool)
-
-
-@pytest.mark.parametrize("plugin", PLUGINS)
-def test_the_forward_context_sets_the_compute_dtype(plugin):
-    for weights, default, mixed in (("bf16", torch.bfloat16, False), ("fp32", torch.float32, True)):
-        used = plugin(weights=weights)
-        used.convert_module(nn.Linear(16, 16))
-        with used.forward_context():
-            assert torch.get_default_dtype() is default
-            assert torch.is_autocast_enabled("cpu") is mixed
-        assert (torch.get_default_dtype(), torch.is_autocast_enabled("cpu")) == (torch.float32, False)
-
-
-@pytest.mark.parametrize("weights", DTYPES)
-def test_a_model_built_in_configure_model_has_the_dtype_and_is_converted(tmp_path, weights):
-    class Late(LightningModule):
-        def configure_model(self):
-            self.l = nn.Linear(16, 32)
-            assert self.l.weight.dtype is DTYPES[weights]
-
-        def test_step(self, *_): ...
-
-    model = Late()
-    trainer(tmp_path, FP8Precision(weights=weights)).test(model, [0], verbose=False)
-    assert isinstance(model.l, FP8Linear)
-    assert model.l.weight.dtype is DTYPES[weights]
-
-
-def test_a_checkpoint_loads_into_a_model_that_was_made_empty(tmp_path):
-    torch.save(nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 16)).state_dict(), tmp_path / "weights.pt")
-    fabric = Fabric(accelerator="cpu", devices=1, plugins=[FabricFP8Precision("delayed", weights="bf16")])
-    with fabric.init_module(empty_init=True):
-        net = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 16))
-    wrapped = fabric.setup(net)
-    fabric.load_raw(tmp_path / "weights.pt", wrapped)
-    saved = torch.load(tmp_path / "weights.pt", weights_only=True)
-    assert all(torch.equal(value, saved[name].bfloat16()) for name, value in net.state_dict().items())
-    assert wrapped(torch.ones(16, 16)).isfinite().all()

@@ -84,43 +84,6 @@ def test_manual_optimization(tmp_path, recipe):
         assert all((layer.fp8_scales.history > 0).sum(1).tolist() == [4, 4, 4] for layer in models[0].net[::2])
 
 
-class Adversaries(Regression):
-    """Two networks and two optimizers that take turns, as a GAN has them."""
-
-    automatic_optimization = False
-
-    def __init__(self):
-        super().__init__()
-        self.critic = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
-
-    def training_step(self, batch, batch_idx):
-        generator, critic = self.optimizers()
-        for optimizer, sign in ((critic, 1.0), (generator, -1.0)):
-            self.toggle_optimizer(optimizer)
-            loss = sign * self.critic(self.net(batch["x"])).float().square().mean()
-            optimizer.zero_grad()
-            self.manual_backward(loss)
-            optimizer.step()
-            self.untoggle_optimizer(optimizer)
-
-    def configure_optimizers(self):
-        return [torch.optim.AdamW(net.parameters(), lr=1e-2) for net in (self.net, self.critic)]
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_several_optimizers(tmp_path, recipe):
-    torch.manual_seed(0)
-    before, plugin = Adversaries(), FP8Precision(recipe)
-    model, _, _ = fitted(tmp_path, Adversaries, plugin)
-    for name in ("net", "critic"):
-        assert not torch.equal(weights(getattr(model, name)), weights(getattr(before, name)))
-    assert weights(model).isfinite().all()
-    assert plugin.steps == 2 * 4
-    if recipe == "delayed":  # what took no part in a step did not enter its history
-        assert (model.net[0].fp8_scales.history[2] > 0).sum() == 4  # grad_output: the generator's turns alone
-        assert (model.critic[0].fp8_scales.history[0] > 0).sum() == 8
-
-
 def test_detect_anomaly(tmp_path):
     fitted(tmp_path, detect_anomaly=True)
 

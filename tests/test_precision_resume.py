@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from ranks import spawn
 from small_models import QUIET
+from states import differences
 from torch.nn import functional as F
 
 from lightning_fp8 import FabricFP8Precision, FP8Precision
@@ -20,20 +21,6 @@ from lightning_fp8.optim import FP8AdamW, WarmupCosine
 SHAPE = DecoderConfig(vocab_size=272, hidden_size=64, num_layers=1, num_heads=2, num_kv_heads=2, intermediate_size=64)
 N, ACCUMULATE = 3, 2  # an epoch has about 20 steps on one process: both halves lie within it
 RECIPES = {"tensorwise": "tensorwise", "delayed": {"preset": "delayed", "history": 4}}
-
-
-def differences(a, b, name="checkpoint"):
-    """Names of what is not the same in two nested states, tensors by their bits."""
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        same = a.dtype is b.dtype and a.shape == b.shape
-        return [] if same and torch.equal(a.nan_to_num(), b.nan_to_num()) else [name]
-    if isinstance(a, dict) and isinstance(b, dict):
-        missing = [f"{name}.{key}" for key in a.keys() ^ b.keys() if key != "differentiable"]  # added by torch's load
-        pairs = [(a[key], b[key], f"{name}.{key}") for key in a.keys() & b.keys()]
-        return missing + [found for pair in pairs for found in differences(*pair)]
-    if isinstance(a, list | tuple) and len(a) == len(b):
-        return [found for i, pair in enumerate(zip(a, b, strict=True)) for found in differences(*pair, f"{name}[{i}]")]
-    return [] if a == b or (a != a and b != b) else [name]
 
 
 class Seen(Callback):
@@ -47,7 +34,10 @@ class Seen(Callback):
 
 
 def fit(folder, data, recipe, seed, resume=None, weights="bf16", **options):
-    """Trains 2N steps, saving after N and 2N; returns the batches seen and the final checkpoint."""
+    """Trains 2N steps, saving after N and 2N; returns the batches seen and the final checkpoint.
+
+    With it goes what this process has itself: the checkpoint is the first one's.
+    """
     seed_everything(seed, verbose=False)
     seen = Seen()
     saves = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=N, save_top_k=-1)
@@ -67,6 +57,7 @@ def fit(folder, data, recipe, seed, resume=None, weights="bf16", **options):
     trainer.fit(model, datamodule=TokenDataModule(str(data), sequence_length=8, batch_size=2), ckpt_path=resume)
     saved = torch.load(f"{folder}/step={2 * N}.ckpt", weights_only=True)
     saved.pop("callbacks")  # paths and times
+    saved["own"] = [model.state_dict(), trainer.optimizers[0].state_dict(), plugin.state_dict()]
     return seen.batches, saved
 
 
@@ -77,6 +68,9 @@ def check_trainer(folder, data, recipe, **options):
     assert differences(whole[N * ACCUMULATE :], rest) == []
     assert not (found := differences(expected, resumed)), found
     assert expected["global_step"] == 2 * N
+    moments = expected["own"][1]["state"]
+    assert len(moments) == len(list(expected["state_dict"]))
+    assert all(value.any() for state in moments.values() for value in state.values() if value.ndim == 2)
     state = expected["FP8Precision"]
     assert state["steps"] == 2 * N
     if recipe == "delayed":

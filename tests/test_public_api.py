@@ -17,16 +17,19 @@ PROMISED = {
     "lightning_fp8.optim": [
         "FP8AdamW",
         "FP8Optimizer",
+        "FP8OptimizerOf",
         "Schedule",
         "WarmupCosine",
         "WarmupStableDecay",
+        "convert_state",
         "enable_gradient_release",
         "export_fp32_state",
         "import_adamw_state",
     ],
     "lightning_fp8.models": ["Decoder", "DecoderConfig", "DecoderLM", "generate"],
     "lightning_fp8.data": ["TokenDataModule", "prepare"],
-    "lightning_fp8.callbacks": ["LastCheckpoint", "RunLog", "RunReport", "StepProgress", "Throughput"],
+    "lightning_fp8.callbacks": ["FP8Gradients", "LastCheckpoint", "RunLog", "RunReport", "StepProgress", "Throughput"],
+    "lightning_fp8.distributed": ["FP8GradientReduction"],
     "lightning_fp8.metrics": ["BitsPerByte", "Perplexity"],
 }
 

@@ -2,6 +2,7 @@
 
 from lightning_fp8.callbacks.checkpoint import LastCheckpoint
 from lightning_fp8.callbacks.clipping import AdaptiveClipping
+from lightning_fp8.callbacks.gradients import FP8Gradients
 from lightning_fp8.callbacks.guard import FP8Guard
 from lightning_fp8.callbacks.monitor import FP8Monitor
 from lightning_fp8.callbacks.progress import StepProgress
@@ -13,6 +14,7 @@ from lightning_fp8.callbacks.throughput import Throughput
 
 __all__ = [
     "AdaptiveClipping",
+    "FP8Gradients",
     "FP8Guard",
     "FP8Monitor",
     "Figure",

@@ -2,7 +2,8 @@
 
 Everything in the summary is measured: bytes a parameter are those of the storages that exist after the first step,
 when the optimizer's state has come into being, and the share of GEMM FLOPs in FP8 is counted while the first batch
-runs, by an operator counter for all GEMMs and by the FP8 backend's own record for those in FP8.
+runs, by an operator counter for all GEMMs and by the FP8 backend's own record for those in FP8. Transformer Engine's
+are in the record alone.
 """
 
 import json
@@ -24,6 +25,8 @@ from lightning_fp8.callbacks.run_log import RunLog
 from lightning_fp8.callbacks.throughput import Throughput
 from lightning_fp8.compute.gemm import GemmRecord, record_gemms
 from lightning_fp8.compute.linear import FP8Linear
+from lightning_fp8.compute.transformer_engine.layers import ConvertedLinear
+from lightning_fp8.compute.transformer_engine.record import BACKEND as TRANSFORMER_ENGINE
 from lightning_fp8.data import TokenDataModule
 from lightning_fp8.models.accounting import FlopCounter
 from lightning_fp8.optim.ledger import Ledger, measure_ledger
@@ -114,8 +117,8 @@ class RunReport(Callback):
         throughput = next((c for c in cast(Any, trainer).callbacks if isinstance(c, Throughput)), Throughput())
         return metrics | {
             "tokens_per_second": throughput.tokens_per_second,
-            "fp8/linears": sum(isinstance(module, FP8Linear) for module in pl_module.modules()),
-            "fp8/flop_share": sum(gemm.flops for gemm in self._gemms) / max(1, self._flops.flops),
+            "fp8/linears": sum(isinstance(module, FP8Linear | ConvertedLinear) for module in pl_module.modules()),
+            "fp8/flop_share": self._flop_share(),
             "bytes_per_param": {
                 "weights": ledger.weights,
                 "grads": ledger.grads,
@@ -125,6 +128,10 @@ class RunReport(Callback):
             **throughput.mfu(throughput.tokens_per_second),
             **({"peaks": throughput.peaks._asdict()} if throughput.peaks else {}),
         }
+
+    def _flop_share(self) -> float:
+        unseen = sum(gemm.flops for gemm in self._gemms if gemm.backend == TRANSFORMER_ENGINE)
+        return sum(gemm.flops for gemm in self._gemms) / max(1, self._flops.flops + unseen)
 
 
 def _table(summary: dict[str, Any], trainer: Trainer, folder: Path, validated_at: int) -> Table:

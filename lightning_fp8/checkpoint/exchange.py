@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_fp8.checkpoint.families import config_to_hf, weight_to_hf
 from lightning_fp8.checkpoint.weights import SCALE, Weights, open_hf, open_ours, write_shards
+from lightning_fp8.data.tokenizer import ENDS_OF_TEXT
 from lightning_fp8.numerics.formats import E4M3
 from lightning_fp8.numerics.quantize import quantize
 
@@ -150,6 +151,7 @@ def _special_tokens(folder: Path) -> dict[str, Any]:
 
 
 def _end_of_text(tokenizer: Path) -> tuple[str, int] | None:
-    """The text and the id of the first special token, which our tokenizers end documents with."""
+    """The text and the id of the token that ends a document."""
     added = json.loads(tokenizer.read_text()).get("added_tokens", [])
-    return next(((token["content"], token["id"]) for token in added if token.get("special")), None)
+    ids = {token["content"]: token["id"] for token in added if token.get("special")}
+    return next(((name, ids[name]) for name in ENDS_OF_TEXT if name in ids), None)

@@ -55,6 +55,14 @@ _CLASSES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+# What changes the function, and none of the families has. Penalties and Smooth-SwiGLU change training alone.
+_OURS_ALONE = {
+    "attention_softcap": "soft-caps",
+    "logit_softcap": "soft-caps",
+    "clipped_softmax": "clipped softmax",
+    "attention_sink": "learnt sinks",
+    "layer_scale": "gains on what blocks add",
+}
 # What `transformers` assumes where a config.json is silent, if that differs between families.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048},
@@ -111,9 +119,9 @@ def config_to_hf(config: DecoderConfig, *, dtype: str) -> dict[str, Any]:
 
 
 def _family_of(config: DecoderConfig) -> str:
-    for name in ("attention_softcap", "logit_softcap"):
-        if getattr(config, name) is not None:
-            raise ValueError(f"{name} cannot be exported: Llama, Mistral and Qwen have no soft-caps.")
+    for name, what in _OURS_ALONE.items():
+        if getattr(config, name):
+            raise ValueError(f"{name} cannot be exported: Llama, Mistral and Qwen have no {what}.")
     windowed, everywhere = config.sliding_window is not None, config.num_full_attention_layers == 0
     qkv, out, mlp = config.qkv_bias, config.o_bias, config.mlp_bias
     if config.qk_norm and qkv == out and not mlp:

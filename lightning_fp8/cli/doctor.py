@@ -25,7 +25,7 @@ _REQUIRED = (
     "tensorboard",
     "matplotlib",
 )
-_OPTIONAL = ("triton", "transformer-engine")
+_OPTIONAL = ("triton",)
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ def run(args: list[str]) -> None:
     findings += [_installed(name) for name in _REQUIRED]
     findings += [Finding(name, _version(name) or "not installed (optional)") for name in _OPTIONAL]
     findings += [check_imports()]
-    if not findings[-1].remedy:
-        findings += _device()
+    if not findings[-1].remedy:  # asking the device takes a torch that works
+        findings += [*_device(), check_transformer_engine()]
     width = max(len(finding.name) for finding in findings)
     for finding in findings:
         print(f"{finding.name:{width}}  {finding.state}")
@@ -65,6 +65,31 @@ def check_imports(python: str = sys.executable) -> Finding:
         return Finding("imports", "torch, torchvision and lightning work together")
     reason = result.stderr.strip().splitlines()[-1] if result.stderr.strip() else f"exit code {result.returncode}"
     return Finding("imports", f"broken: {reason}", _remedy(reason))
+
+
+def check_transformer_engine(python: str = sys.executable) -> Finding:
+    """Whether Transformer Engine, which is optional, is installed, imports, and which recipes it can run here."""
+    import torch
+
+    from lightning_fp8 import hardware
+
+    name, version, on_gpu = "transformer-engine", _version("transformer-engine"), torch.cuda.is_available()
+    if version is None:
+        return Finding(name, f"not installed (optional): {hardware.INSTALL_TRANSFORMER_ENGINE}")
+    code = "from lightning_fp8.hardware import what_ails_transformer_engine as ask; print('>', ask() or '')"
+    result = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
+    answers = re.findall(r"^> (.*)", result.stdout, re.DOTALL | re.MULTILINE)
+    # Libraries that do not go together may end the process rather than raise.
+    problem = " ".join(answers[-1].split()) if answers else f"importing it ends Python, exit code {result.returncode}"
+    if not on_gpu:
+        return Finding(name, f"{version}, {problem or 'imports'}; there is no CUDA device that it could use")
+    if problem:
+        return Finding(name, f"{version}, {problem}", hardware.INSTALL_TRANSFORMER_ENGINE)
+    granularities = {"tensor": "tensorwise, delayed", "block_1x128": "blockwise", "mx_1x32": "mxfp8"}
+    problems = {presets: hardware.why_not_transformer_engine(which) for which, presets in granularities.items()}
+    can = [presets for presets, reason in problems.items() if not reason]
+    cannot = [f"not {presets}: {reason}" for presets, reason in problems.items() if reason]
+    return Finding(name, f"{version}, " + "; ".join([f"runs {', '.join(can) or 'no recipe'}", *cannot]))
 
 
 def _remedy(reason: str) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from lightning_fp8.cli.parsers import call_from_command_line
-from lightning_fp8.data.tokenizer import END_OF_TEXT, load_tokenizer
+from lightning_fp8.data.tokenizer import end_of_text, read_tokenizer
 from lightning_fp8.models.cache import PlainStore
 from lightning_fp8.models.fp8_store import FP8Store
 from lightning_fp8.models.generate import SINKS, generate_batch
@@ -55,7 +55,7 @@ def continue_text(
     if not Path(ckpt).is_file():
         raise ValueError(f"--ckpt {ckpt}: there is no such file.")
     decoder = load_decoder(ckpt).eval()
-    words = load_tokenizer(tokenizer or str(Path(ckpt).parent.parent / "tokenizer.json"))
+    words = read_tokenizer(tokenizer or str(Path(ckpt).parent.parent / "tokenizer.json"))
     prompts = [prompt] if isinstance(prompt, str) else prompt
     tokens = [list(words.encode(text).ids) for text in prompts]
     steps = generate_batch(
@@ -65,7 +65,7 @@ def continue_text(
         window=window,
         sampling=Sampling(temperature, top_k, top_p, min_p),
         seed=seed,
-        stop_token=words.token_to_id(END_OF_TEXT),
+        stop_token=end_of_text(words),
         sinks=sinks,
         store=FP8Store if cache == "fp8" else PlainStore,
     )

@@ -71,8 +71,9 @@ def shared_cast(
     x: Tensor, role: Role, recipe: Recipe, scales: DelayedScales | None, *, rows: bool, columns: bool
 ) -> Cast:
     """As `cast`, or the cast that was made of the very same, unchanged tensor before."""
-    if torch.compiler.is_compiling() or x.is_inference():
-        # Inference tensors count no versions; a compiled graph shares equal casts by itself.
+    if torch.compiler.is_compiling() or x.is_inference() or torch.is_inference_mode_enabled():
+        # Inference tensors count no versions, and as casts they could not be saved for the backward of a later pass; a
+        # compiled graph shares equal casts by itself.
         return cast(x, role, recipe, scales, rows=rows, columns=columns)
     base = x._base
     whole = base if base is not None and base.numel() == x.numel() else x

@@ -55,7 +55,8 @@ def convert_linears(
     Args:
         module: Any model. The root itself is converted too if it is an `nn.Linear`.
         recipe: A preset's name, a mapping as in YAML, or a `Recipe`.
-        keep_high_precision: Shell patterns of layer names to leave as they are.
+        keep_high_precision: Shell patterns of layer names to leave as they are. The blocks of a `ModuleList` or
+            `Sequential` count from its end too: "*blocks.-1.*" is the last one.
         keep_slow: Also keep layers of sizes for which FP8 is known to be slower than bf16 on FP8 hardware (the table
             is in `compute/sizes.py`). Off by default, so that a model computes the same everywhere, and because FP8
             saves memory at any size.
@@ -72,12 +73,13 @@ def convert_linears(
     resolved = resolve_recipe(recipe)
     chosen = select_backend(backend, resolved)
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    matched = matches(module, keep_high_precision)
     report = ConversionReport()
     for name, layer in module.named_modules():
         report.kept.update(bypassed(name, layer))
         if not isinstance(layer, nn.Linear):
             continue
-        reason = foreign(layer) or reason_to_keep(name, layer, keep_high_precision, embeddings)
+        reason = foreign(layer) or reason_to_keep(layer, matched.get(name), embeddings)
         if keep_slow and not reason:
             reason = slower(layer.in_features, layer.out_features, resolved)
         if reason:
@@ -121,11 +123,34 @@ def foreign(layer: nn.Linear) -> str | None:
     return None
 
 
-def reason_to_keep(name: str, layer: nn.Linear, patterns: Sequence[str], embeddings: set[int]) -> str | None:
-    """Why a layer's name, weight (one of `embeddings`, by `id`) or size keeps it out of FP8; None if nothing does."""
-    for pattern in patterns:
-        if fnmatchcase(name, pattern):
-            return f"name matches {pattern!r}"
+def matches(module: nn.Module, patterns: Sequence[str]) -> dict[str, str]:
+    """The first of the shell `patterns` that each module's name matches: name -> pattern, for those that match one.
+
+    A module in a `ModuleList` or `Sequential` has two names, "blocks.2.mlp" and, if there are three, "blocks.-1.mlp".
+    """
+    found: dict[str, str] = {}
+    aliases: dict[str, set[str]] = {"": {""}}
+    for name, _ in module.named_modules(remove_duplicate=False):
+        if name:
+            parent_name, _, own = name.rpartition(".")
+            parent = module.get_submodule(parent_name)
+            owns = {own}
+            if isinstance(parent, nn.ModuleList | nn.Sequential) and own.isdecimal():
+                owns.add(str(int(own) - len(parent)))
+            aliases[name] = {f"{prefix}.{o}".lstrip(".") for prefix in aliases[parent_name] for o in owns}
+        for pattern in patterns:
+            if any(fnmatchcase(alias, pattern) for alias in aliases[name]):
+                found.setdefault(name, pattern)
+    return found
+
+
+def reason_to_keep(layer: nn.Linear, pattern: str | None, embeddings: set[int]) -> str | None:
+    """Why a `pattern` that its name matches, its weight (one of `embeddings`, by `id`) or size keep a layer out of FP8.
+
+    None if nothing does.
+    """
+    if pattern is not None:
+        return f"name matches {pattern!r}"
     if id(layer.weight) in embeddings:
         return "weight is tied to an embedding"
     return impossible(layer.in_features, layer.out_features)

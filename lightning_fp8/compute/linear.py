@@ -18,7 +18,7 @@ again in backward rather than kept, because a kept FP8 copy would cost another b
 be cached. How casts are shared and cached is told in `casts.py`.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -96,8 +96,13 @@ def end_step(module: nn.Module) -> None:
     and no cached weights do without. It reads nothing back to the host; with torch.distributed initialised and delayed
     scaling it is a collective call.
     """
+    end_step_of(module.modules())
+
+
+def end_step_of(layers: Iterable[nn.Module]) -> None:
+    """As `end_step`, for the converted ones among `layers` alone: where several optimizers train parts of a model."""
     delayed: dict[tuple[Recipe, torch.device], list[DelayedScales]] = {}
-    for layer in module.modules():
+    for layer in layers:
         if isinstance(layer, FP8Linear):
             forget_casts(layer.weight)
             if layer.fp8_scales is not None:

@@ -5,9 +5,9 @@ The prediction is a roofline. A training step of a linear layer is three GEMMs, 
     GEMM    max(2 M K N / FLOP rate, bytes of operands and result / bandwidth)
     casts   bytes read and written / bandwidth, and a launch for each pass
 
-with operands transposed where the hardware wants it, and nothing fused with the layers around. Compilers do fuse, so
-the prediction is on the low side for wide layers; of small ones it knows the launches but not what the host needs for
-them, and is on the high side. It ranks the layers of a model; `measure` decides.
+with the casts that our kernels do, which write both layouts in one read, and nothing fused with the layers around.
+Compilers do fuse, so the prediction is on the low side for wide layers; of small ones it knows the launches but not
+what the host needs for them, and is on the high side. It ranks the layers of a model; `measure` decides.
 """
 
 import statistics
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lightning_fp8.compute.autocast import fp8_autocast
 from lightning_fp8.compute.convert import convert_linears
-from lightning_fp8.compute.recipe import GEMMS, Recipe, Role
+from lightning_fp8.compute.recipe import GEMMS, ROLES, Gemm, Recipe, Role
 from lightning_fp8.hardware import Accelerator, wait_for
 
 # Of the datasheet's rates, what large GEMMs and streaming kernels reach (torchtitan's and DeepGEMM's tables).
@@ -82,35 +82,99 @@ def _watching(model: nn.Module, sizes: dict[str, LayerSize]) -> Iterator[None]:
             hook.remove()
 
 
+class Work(NamedTuple):
+    """Seconds of work, by what they wait for.
+
+    Attributes:
+        compute: The matrix units.
+        memory: The device's memory, launches of kernels included.
+    """
+
+    compute: float
+    memory: float
+
+    @property
+    def seconds(self) -> float:
+        """Of both."""
+        return self.compute + self.memory
+
+    def __add__(self, other: object) -> "Work":
+        if not isinstance(other, Work):
+            return NotImplemented
+        return Work(self.compute + other.compute, self.memory + other.memory)
+
+    def times(self, factor: float) -> "Work":
+        """So many times this."""
+        return Work(self.compute * factor, self.memory * factor)
+
+
 def predict(size: LayerSize, recipe: Recipe, device: Accelerator) -> Seconds:
     """The roofline of forward and backward on `device`."""
-    m, k, n = size
-    bandwidth = device.bandwidth * _BANDWIDTH_EFFICIENCY
-    elements: dict[Role, int] = {"input": m * k, "weight": n * k, "grad_output": m * n}
-    total = sum(elements.values())
+    return Seconds(work(size, None, device).seconds, work(size, recipe, device).seconds)
 
-    def gemm(rate: float, operand_bytes: int) -> float:
-        # Every GEMM reads two of the three matrices and writes the third, in bf16.
-        traffic = (operand_bytes * total + (2 - operand_bytes) * total / 3) / bandwidth
-        return max(size.flops / 3 / (rate * _GEMM_EFFICIENCY), traffic) + _LAUNCH
 
-    bf16 = 3 * gemm(device.bf16, 2)
-    low = sum(recipe.uses_fp8(name) for name in GEMMS)
-    casts = sum(_cast_bytes(role, recipe) * count for role, count in elements.items()) / bandwidth
-    passes = 4 * len(elements)
-    return Seconds(bf16, low * gemm(device.fp8, 1) + (3 - low) * gemm(device.bf16, 2) + casts + passes * _LAUNCH)
+def work(size: LayerSize, recipe: Recipe | None, device: Accelerator) -> Work:
+    """Forward and backward of one layer; without a recipe, in bf16."""
+    low = 0 if recipe is None else sum(recipe.uses_fp8(name) for name in GEMMS)
+    total = _gemm(size, device, fp8=False).times(3 - low) + _gemm(size, device, fp8=True).times(low)
+    if recipe is None:
+        return total
+    moved = sum(_cast_bytes(role, recipe) * count for role, count in _elements(size).items())
+    passes = sum(_passes(role, recipe) for role in ROLES)
+    return total + Work(0.0, stream(moved, device) + passes * _LAUNCH)
+
+
+def stream(moved: float, device: Accelerator) -> float:
+    """Seconds to read and write so many bytes of the device's memory."""
+    return moved / (device.bandwidth * _BANDWIDTH_EFFICIENCY)
+
+
+def multiply(flops: float, device: Accelerator, *, fp8: bool = False) -> float:
+    """Seconds for so many FLOPs of large matrix products."""
+    return flops / ((device.fp8 if fp8 else device.bf16) * _GEMM_EFFICIENCY)
+
+
+def _elements(size: LayerSize) -> dict[Role, int]:
+    return {"input": size.m * size.k, "weight": size.n * size.k, "grad_output": size.m * size.n}
+
+
+def _gemm(size: LayerSize, device: Accelerator, *, fp8: bool) -> Work:
+    # Every GEMM reads two of the three matrices and writes the third, in bf16.
+    operand_bytes = 1 if fp8 else 2
+    traffic = stream((operand_bytes * 2 + 2) / 3 * sum(_elements(size).values()), device)
+    compute = multiply(size.flops / 3, device, fp8=fp8)
+    return Work(compute, _LAUNCH) if compute >= traffic else Work(0.0, traffic + _LAUNCH)
 
 
 def _cast_bytes(role: Role, recipe: Recipe) -> int:
-    """Bytes moved an element to cast an operand for its two GEMMs, one of which wants it transposed."""
-    operand, cast, transpose = recipe.operand(role), 2 + 1, 1 + 1
-    # An amax over rows or tiles is found where they are read; over the tensor, or across rows, it takes a pass.
-    amax = 2 if operand.granularity == "tensor" and recipe.scaling == "current" else 0
-    amax_across = 2 if operand.granularity == "row" else amax
-    if operand.tile(0) != operand.tile(1):
-        return cast + amax_across + cast  # anew from high precision, written in the other order
-    again = amax + cast if role == "weight" else 0  # not kept since forward
-    return amax + cast + again + transpose
+    """Bytes moved an element to cast an operand for its GEMMs; see `kernels/triton`."""
+    both, one = _reads_for_amax(role, recipe) + 2 + 1 + 1, _reads_for_amax(role, recipe) + 2 + 1
+    if role == "weight":  # cast for forward, and again, the other way round, for backward
+        return one * (recipe.uses_fp8("forward") + recipe.uses_fp8("input_grad"))
+    used = _uses(role, recipe)
+    return {0: 0, 1: one, 2: both}[used]
+
+
+def _passes(role: Role, recipe: Recipe) -> int:
+    """Kernels launched for the casts of an operand."""
+    casts = _uses(role, recipe) if role == "weight" else min(1, _uses(role, recipe))
+    return casts * (2 if _reads_for_amax(role, recipe) else 1)
+
+
+def _uses(role: Role, recipe: Recipe) -> int:
+    """How many FP8 GEMMs an operand is cast for."""
+    gemms: dict[Role, tuple[Gemm, Gemm]] = {
+        "input": ("forward", "weight_grad"),
+        "weight": ("forward", "input_grad"),
+        "grad_output": ("input_grad", "weight_grad"),
+    }
+    return sum(recipe.uses_fp8(name) for name in gemms[role])
+
+
+def _reads_for_amax(role: Role, recipe: Recipe) -> int:
+    """Bytes read an element before the pass that casts; tiles find their amax in it."""
+    lines = recipe.operand(role).granularity in ("tensor", "row")
+    return 2 if lines and recipe.scaling == "current" else 0
 
 
 def measure(size: LayerSize, recipe: Recipe, device: str, *, repeats: int = 20, backend: str = "auto") -> Seconds:

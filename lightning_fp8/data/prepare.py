@@ -48,7 +48,7 @@ from lightning_fp8.data.sources import (
     split_pieces,
 )
 from lightning_fp8.data.spool import flat_file, spool
-from lightning_fp8.data.tokenizer import END_OF_TEXT, load_tokenizer, token_bytes, train_tokenizer
+from lightning_fp8.data.tokenizer import end_of_text, load_tokenizer, token_bytes, train_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -144,7 +144,7 @@ def prepare(
             work,
             pieces(),
             lambda left: encode_pieces(bpe.to_str(), dtype, left, workers or os.cpu_count() or 1),
-            np.array(bpe.token_to_id(END_OF_TEXT), dtype).tobytes(),
+            np.array(end_of_text(bpe), dtype).tobytes(),
             functools.partial(progress.advance, task),
         )
         manifest = Manifest(

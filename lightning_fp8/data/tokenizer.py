@@ -3,7 +3,7 @@
 Byte level means the base alphabet is the 256 bytes, so there is no unknown token, and losses can be given in
 bits per byte: a unit that does not depend on the vocabulary, unlike the loss per token. The end-of-text token
 is only ever appended by id; the same characters inside a text are encoded as ordinary text, so a document can
-not end itself.
+not end itself. Ours is `<|endoftext|>`; tokenizers of published models have it under one of a few names.
 """
 
 from collections.abc import Iterator
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
+# GPT-2, GPT-NeoX and Qwen; Llama 3; Llama 2 and Mistral; Gemma.
+ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 SMALLEST_VOCABULARY = 257  # the 256 bytes and the end of text
 
 
@@ -65,6 +67,26 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
     Raises:
         ValueError: The file is missing or broken, or its tokenizer is not byte-level or has no end of text.
     """
+    tokenizer = read_tokenizer(path)
+    try:
+        token_bytes(tokenizer)
+    except ValueError as error:
+        raise ValueError(f"Tokenizer {path}: {error}") from error
+    return tokenizer
+
+
+def read_tokenizer(path: str | Path) -> "Tokenizer":
+    """Load any tokenizer from its JSON file: one to generate with need not be byte-level.
+
+    Args:
+        path: A `tokenizer.json` file.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ValueError: The file is missing or broken, or its tokenizer has no end of text.
+    """
     from tokenizers import Tokenizer
 
     if not Path(path).is_file():
@@ -73,15 +95,26 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the Rust side raises a bare Exception
         raise ValueError(f"{path} is not a tokenizer file ({error}): give the path of a tokenizer.json.") from error
-    if tokenizer.token_to_id(END_OF_TEXT) is None:
-        raise ValueError(f"The tokenizer {path} has no {END_OF_TEXT} token: add it, or train one instead.")
     try:
-        token_bytes(tokenizer)
+        end_of_text(tokenizer)
     except ValueError as error:
         raise ValueError(f"Tokenizer {path}: {error}") from error
     # Not stored in the file: without it the text "<|endoftext|>" would become the end of its document.
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def end_of_text(tokenizer: "Tokenizer") -> int:
+    """The id of the token that ends a document.
+
+    Raises:
+        ValueError: It has none of the names that published tokenizers give it.
+    """
+    ids = [tokenizer.token_to_id(name) for name in ENDS_OF_TEXT]
+    found = [index for index in ids if index is not None]
+    if not found:
+        raise ValueError(f"there is no end of text ({', '.join(ENDS_OF_TEXT)}): add one, or train a tokenizer instead.")
+    return int(found[0])
 
 
 def token_bytes(tokenizer: "Tokenizer") -> torch.Tensor:

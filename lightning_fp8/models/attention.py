@@ -1,4 +1,4 @@
-"""Causal grouped-query attention: rotary positions, sliding windows, documents, soft-caps, a key/value cache.
+"""Causal grouped-query attention: rotary positions, sliding windows, documents, a key/value cache.
 
 What the tokens of a call have in common, their rotations and what each of them sees, is worked out once for all layers:
 the `Sight`.
@@ -12,14 +12,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask
 
 from lightning_fp8.models.cache import KVCache
 from lightning_fp8.models.config import DecoderConfig
+from lightning_fp8.models.flex import attend, block_mask
 from lightning_fp8.models.masks import causal_mask
 from lightning_fp8.models.norm import RMSNorm
 from lightning_fp8.models.rope import rotary_tables, rotate
+from lightning_fp8.models.scores import Attended, explicit_attention, with_sink
 
 Tables = tuple[Tensor, Tensor]
+Mask = Tensor | BlockMask | None
 
 
 class Sight(NamedTuple):
@@ -34,14 +38,18 @@ class Sight(NamedTuple):
 
     queries: Tables
     keys: Tables
-    masks: dict[int | None, Tensor | None]
+    masks: dict[int | None, Mask]
     cache: KVCache | None = None
 
 
 def sight_of_text(length: int, config: DecoderConfig, documents_bt: Tensor | None, device: torch.device) -> Sight:
     """The sight of tokens [B, `length`] that begin a text; see `masks` for the documents [B, T]."""
     tables = rotary_tables(torch.arange(length, device=device), config)
-    masks = {window: causal_mask(length, window, documents_bt, device) for window in _windows(config)}
+    masks: dict[int | None, Mask] = {}
+    for window in _windows(config):
+        plain = documents_bt is None and (window is None or window >= length)
+        make = block_mask if device.type == "cuda" and not plain and not _changes_scores(config) else causal_mask
+        masks[window] = make(length, window, documents_bt, device)
     return Sight(tables, tables, masks)
 
 
@@ -49,12 +57,16 @@ def sight_of_cache(length: int, config: DecoderConfig, lengths_b: Tensor | None,
     """The sight of `length` new tokens a row, of which `lengths_b` [B] are no padding, after those in `cache`."""
     query_bt, key_bu, seen_btu = cache.place(length, lengths_b)
     distance_btu = query_bt[..., None] - key_bu[:, None]
-    masks: dict[int | None, Tensor | None] = {
+    masks: dict[int | None, Mask] = {
         window: (seen_btu if window is None else seen_btu & (distance_btu < window))[:, None]
         for window in _windows(config)
     }
     queries, keys = (rotary_tables(positions[:, None], config) for positions in (query_bt, key_bu))
     return Sight(queries, keys, masks, cache)
+
+
+def _changes_scores(config: DecoderConfig) -> bool:
+    return config.attention_sink or config.attention_softcap is not None or config.clipped_softmax is not None
 
 
 def _windows(config: DecoderConfig) -> set[int | None]:
@@ -76,6 +88,8 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.o_bias)
         self.q_norm = RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.clip = config.clipped_softmax
+        self.sink_logit = nn.Parameter(torch.zeros(config.num_heads)) if config.attention_sink else None
 
     def forward(self, x_btd: Tensor, sight: Sight) -> Tensor:
         """The attention's contribution to the residual stream."""
@@ -89,37 +103,28 @@ class Attention(nn.Module):
             # Torch's backward of bf16 attention takes five to seven times as long as that of fp32 on CPUs without
             # matrix units (measured at T = 128 and 256).
             q_bhts, k_bkus, v_bkus = q_bhts.float(), k_bkus.float(), v_bkus.float()
-        y_bhts = self._attend(q_bhts, k_bkus, v_bkus, sight.masks[self.window])
+        mask = sight.masks[self.window]
+        if isinstance(mask, BlockMask):
+            y_bhts = attend(q_bhts, k_bkus, v_bkus, mask, self.head_size**-0.5)
+        else:
+            y_bhts = self._attend(Attended(q_bhts, k_bkus, v_bkus, mask))
         y_btd: Tensor = self.o_proj(y_bhts.transpose(1, 2).flatten(2).to(x_btd.dtype))
         return y_btd
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:2], -1, self.head_size).transpose(1, 2)
 
-    def _attend(self, q_bhts: Tensor, k_bkus: Tensor, v_bkus: Tensor, mask: Tensor | None) -> Tensor:
-        if self.softcap is not None:
-            return soft_capped_attention(q_bhts, k_bkus, v_bkus, mask, self.softcap)
-        return F.scaled_dot_product_attention(
-            q_bhts, k_bkus, v_bkus, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped
-        )
-
-
-def soft_capped_attention(
-    q_bhts: Tensor, k_bkus: Tensor, v_bkus: Tensor, mask: Tensor | None, softcap: float
-) -> Tensor:
-    """Attention whose scores s become c tanh(s / c), in fp32; torch's fused kernels know no such step.
-
-    Holds the scores [B, H, T, U] of a layer.
-    """
-    groups = q_bhts.shape[1] // k_bkus.shape[1]
-    k_bhus, v_bhus = k_bkus.repeat_interleave(groups, 1), v_bkus.repeat_interleave(groups, 1)
-    scores_bhtu = (q_bhts @ k_bhus.transpose(2, 3)).float() / q_bhts.shape[-1] ** 0.5
-    if mask is None:
-        mask = torch.ones(scores_bhtu.shape[-2:], dtype=torch.bool, device=q_bhts.device).tril()
-    scores_bhtu = soft_cap(scores_bhtu, softcap).masked_fill(~mask, float("-inf"))
-    return scores_bhtu.softmax(-1).to(v_bhus.dtype) @ v_bhus
-
-
-def soft_cap(x: Tensor, cap: float | None) -> Tensor:
-    """C tanh(x / c), which stays within c; `x` itself if there is no cap."""
-    return x if cap is None else cap * (x / cap).tanh()
+    def _attend(self, x: Attended) -> Tensor:
+        scale = self.head_size**-0.5
+        causal = x.mask is None
+        if self.sink_logit is not None:
+            x = with_sink(x, self.sink_logit, scale)
+        if self.softcap is not None or self.clip is not None:
+            y_bhts = explicit_attention(x, scale, softcap=self.softcap, clip=self.clip)
+        else:
+            y_bhts = F.scaled_dot_product_attention(
+                *x[:3], attn_mask=x.mask, is_causal=causal, scale=scale, enable_gqa=self.grouped
+            )
+        if self.sink_logit is None:
+            return y_bhts
+        return y_bhts[:, :, causal:, : self.head_size]

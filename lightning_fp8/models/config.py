@@ -11,7 +11,7 @@ from typing import Any, Literal
 # The fields on which the names and shapes of the weights depend; the others change what is computed from them.
 SHAPING = (
     *("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size", "head_dim"),
-    *("qk_norm", "tied_embeddings", "qkv_bias", "o_bias", "mlp_bias"),
+    *("qk_norm", "tied_embeddings", "qkv_bias", "o_bias", "mlp_bias", "layer_scale", "attention_sink"),
 )
 
 RopeKind = Literal["linear", "ntk", "yarn", "llama3"]
@@ -70,7 +70,8 @@ class DecoderConfig:
         intermediate_size: Width inside the SwiGLU MLP.
         rope_theta: Base of the rotary position frequencies.
         norm_eps: Added to the mean square in RMSNorm.
-        qk_norm: RMS-normalise queries and keys a head; widens the range of stable learning rates.
+        qk_norm: RMS-normalise queries and keys a head; widens the range of stable learning rates (Dehghani et al.,
+            ViT-22B; Wortsman et al., 2309.14322).
         tied_embeddings: The head shares the embedding's weight.
         init_std: Standard deviation of the initial weights; that of the two projections into the residual stream is
             divided by sqrt(2 * num_layers).
@@ -81,8 +82,22 @@ class DecoderConfig:
         rope_scaling: For texts longer than the first training's; None is none.
         sliding_window: Each position sees itself and the `sliding_window` - 1 before it; None is all before it.
         num_full_attention_layers: So many first blocks see everything, whatever `sliding_window` is.
-        attention_softcap: Attention scores s become c tanh(s / c); None is none.
+        attention_softcap: Attention scores s become c tanh(s / c); None is none (Gemma 2). See `scores.py` for what
+            this costs, `clipped_softmax` too.
         logit_softcap: The same of the logits.
+        clipped_softmax: (gamma, zeta): attention probabilities p become clip((zeta - gamma) p + gamma, 0, 1); None is
+            none (Bondarenko et al., 2306.12929, who take -0.03 and 1).
+        attention_sink: A learnt logit a head in the softmax's denominator, 0 at the start, when this is the
+            softmax-off-by-one: a head can attend to nothing (gpt-oss).
+        layer_scale: A learnt gain a channel on what attention and MLP add to the residual stream, 0 at the start
+            (Touvron et al., CaiT; from zero in Wortsman et al., 2304.13013).
+        smooth_swiglu: Powers of two move between the down projection's input and its weight, so that in FP8 no
+            channel of either flushes the others to zero; the same function (Fishman et al., 2409.12517). See
+            `smooth.py`.
+        z_loss: Weight of mean(logsumexp(logits)^2) in what is minimised: keeps logits from drifting (PaLM: 1e-4).
+        activation_l2: Weight of the mean square of the residual stream after each block, averaged over the blocks, in
+            what is minimised (Jamba-1.5: 1e-5). Like `z_loss`, it adds to gradients and not to the loss that is
+            returned, so that losses with and without it can be compared.
         context_length: Positions that the model is meant for. A record, exported as `max_position_embeddings`;
             nothing here is bound by it.
     """
@@ -107,6 +122,12 @@ class DecoderConfig:
     num_full_attention_layers: int = 0
     attention_softcap: float | None = None
     logit_softcap: float | None = None
+    clipped_softmax: tuple[float, float] | None = None
+    attention_sink: bool = False
+    layer_scale: bool = False
+    smooth_swiglu: bool = False
+    z_loss: float = 0.0
+    activation_l2: float = 0.0
     context_length: int = 2048
 
     def __post_init__(self) -> None:
@@ -128,6 +149,13 @@ class DecoderConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"DecoderConfig.{name} is {value}; it must be above 0, or null for none.")
+        for name in ("z_loss", "activation_l2"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"DecoderConfig.{name} is {getattr(self, name)}; it must be 0, for none, or more.")
+        if self.clipped_softmax is not None and not (self.clipped_softmax[0] <= 0 and self.clipped_softmax[1] >= 1):
+            raise ValueError(
+                f"DecoderConfig.clipped_softmax is {self.clipped_softmax}: gamma must be at most 0 and zeta at least 1."
+            )
         if self.head_dim is None and self.hidden_size % (2 * self.num_heads):
             raise ValueError(
                 f"DecoderConfig: hidden_size {self.hidden_size} does not divide into {self.num_heads} heads of even"
@@ -159,8 +187,9 @@ def config_from_dict(saved: Mapping[str, Any]) -> DecoderConfig:
     unknown = sorted(set(saved) - {field.name for field in fields(DecoderConfig)})
     if unknown:
         raise ValueError(f"A decoder's configuration has fields unknown to this version: {', '.join(unknown)}.")
-    scaling = saved.get("rope_scaling")
-    return DecoderConfig(**{**saved, "rope_scaling": RopeScaling(**scaling) if scaling else None})
+    scaling, clip = saved.get("rope_scaling"), saved.get("clipped_softmax")
+    nested = {"rope_scaling": RopeScaling(**scaling) if scaling else None, "clipped_softmax": clip and tuple(clip)}
+    return DecoderConfig(**{**saved, **nested})
 
 
 def differences(saved: Mapping[str, Any], own: DecoderConfig, among: Collection[str] | None = None) -> list[str]:

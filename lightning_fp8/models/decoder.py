@@ -12,12 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_fp8.models.attention import Attention, Sight, sight_of_cache, sight_of_text, soft_cap
+from lightning_fp8.models.attention import Attention, Sight, sight_of_cache, sight_of_text
 from lightning_fp8.models.cache import KVCache
 from lightning_fp8.models.config import DecoderConfig
-from lightning_fp8.models.loss import next_token_loss
-from lightning_fp8.models.norm import RMSNorm
+from lightning_fp8.models.loss import gradient_only, next_token_loss
+from lightning_fp8.models.norm import LayerScale, RMSNorm
 from lightning_fp8.models.recompute import Recompute, recomputing
+from lightning_fp8.models.scores import soft_cap
+from lightning_fp8.models.smooth import smoothed
+
+_FROM_ZERO = ("bias", "_scale.weight", "sink_logit")  # how names of vectors that start at zero end; gains start at 1
 
 
 class Decoder(nn.Module):
@@ -41,7 +45,7 @@ class Decoder(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws the weights from torch's global generator; gains are 1 and biases 0.
+        """Draws the weights from torch's global generator; gains are 1, biases, LayerScales and sinks 0.
 
         They are drawn in fp32 whatever the weights' dtype, so that runs that differ in precision alone start from the
         same point.
@@ -49,7 +53,7 @@ class Decoder(nn.Module):
         residual_std = self.config.init_std / (2 * self.config.num_layers) ** 0.5
         for name, p in self.named_parameters():
             if p.dim() < 2:
-                nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
+                nn.init.constant_(p, 0.0 if name.endswith(_FROM_ZERO) else 1.0)
                 continue
             std = residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else self.config.init_std
             with torch.no_grad():
@@ -80,14 +84,19 @@ class Decoder(nn.Module):
             sight = sight_of_text(tokens_bt.shape[1], self.config, documents_bt, tokens_bt.device)
         else:
             sight = sight_of_cache(tokens_bt.shape[1], self.config, lengths_b, cache)
+        penalised = self.config.activation_l2 if targets_bt is not None else 0.0
+        squares = []
         for block in self.blocks:
             x_btd = recomputing(block, self.activation_checkpointing)(x_btd, sight)
+            if penalised:
+                squares.append((x_btd * x_btd).mean(dtype=torch.float32))
         x_btd = self.norm(x_btd)
         cap = self.config.logit_softcap
-        if targets_bt is not None:
-            transform = partial(soft_cap, cap=cap) if cap else None
-            return next_token_loss(x_btd, self.lm_head, targets_bt, transform=transform)
-        return soft_cap(self.lm_head(x_btd), cap)
+        if targets_bt is None:
+            return soft_cap(self.lm_head(x_btd), cap)
+        transform = partial(soft_cap, cap=cap) if cap else None
+        loss = next_token_loss(x_btd, self.lm_head, targets_bt, transform=transform, z_loss=self.config.z_loss)
+        return loss + gradient_only(penalised * torch.stack(squares).mean()) if penalised else loss
 
 
 class Block(nn.Module):
@@ -99,11 +108,13 @@ class Block(nn.Module):
         self.attention = Attention(config, layer)
         self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = SwiGLU(config)
+        self.attention_scale = LayerScale(config.hidden_size) if config.layer_scale else nn.Identity()
+        self.mlp_scale = LayerScale(config.hidden_size) if config.layer_scale else nn.Identity()
 
     def forward(self, x_btd: Tensor, sight: Sight) -> Tensor:
         """Returns the residual stream after this block."""
-        h_btd: Tensor = x_btd + self.attention(self.attention_norm(x_btd), sight)
-        y_btd: Tensor = self.mlp(self.mlp_norm(h_btd))
+        h_btd: Tensor = x_btd + self.attention_scale(self.attention(self.attention_norm(x_btd), sight))
+        y_btd: Tensor = self.mlp_scale(self.mlp(self.mlp_norm(h_btd)))
         return h_btd + y_btd
 
 
@@ -112,6 +123,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
+        self.smooth = config.smooth_swiglu
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
@@ -119,5 +131,5 @@ class SwiGLU(nn.Module):
     def forward(self, x_btd: Tensor) -> Tensor:
         """The MLP's contribution to the residual stream."""
         h_btf = F.silu(self.gate_proj(x_btd)) * self.up_proj(x_btd)
-        y_btd: Tensor = self.down_proj(h_btf)
+        y_btd: Tensor = smoothed(self.down_proj, h_btf) if self.smooth else self.down_proj(h_btf)
         return y_btd

@@ -6,6 +6,9 @@ forward (its hooks, FP8 or sharding stay in force), which is computed again in b
 torch's `linear_cross_entropy`, where there is one: it computes gradients in forward, three products instead of four. A
 bf16 head is not, because that returns the loss in bf16 too: 6.44 for 6.40. What fits into one chunk takes neither way:
 the plain one costs least.
+
+The z-loss keeps logits from drifting, to which a softmax is blind (PaLM, 5; Wortsman et al., 2309.14322). It adds
+gradients and no value, so that the loss is the cross-entropy whatever its weight.
 """
 
 from collections.abc import Callable
@@ -28,6 +31,7 @@ def next_token_loss(
     targets_bt: Tensor,
     *,
     transform: Callable[[Tensor], Tensor] | None = None,
+    z_loss: float = 0.0,
     chunk_logits: int = CHUNK_LOGITS,
 ) -> Tensor:
     """The mean cross-entropy in nats, fp32, of `targets_bt` under softmax(transform(head(x))).
@@ -37,23 +41,50 @@ def next_token_loss(
         head: The last layer, [.., D] -> logits [.., V]; it knows V as `out_features`.
         targets_bt: int64; those of -100 do not count.
         transform: Of the logits, such as a soft-cap.
+        z_loss: Weight of mean(logsumexp(transform(head(x)))^2), whose gradient is added.
         chunk_logits: Most logits to have in memory at once.
     """
     x_nd, targets_n = x_btd.flatten(0, 1), targets_bt.flatten()
     rows = max(1, chunk_logits // int(getattr(head, "out_features", 1)))
+    count = (targets_n != -100).sum()
     if len(x_nd) <= rows:
-        return F.cross_entropy(_logits(x_nd, head, transform).float(), targets_n)
-    if transform is None and isinstance(head, nn.Linear) and _is_plain(head) and _fused and _FusedOptions:
+        logits_nv = _logits(x_nd, head, transform).float()
+        loss = F.cross_entropy(logits_nv, targets_n)
+        return loss + gradient_only(z_loss * _drift(logits_nv, targets_n) / count) if z_loss else loss
+    if (
+        transform is None
+        and not z_loss
+        and isinstance(head, nn.Linear)
+        and _is_plain(head)
+        and _fused
+        and _FusedOptions
+    ):
         options = _FusedOptions(batch_chunk_size=rows, chunking_method=None)
         return _fused(x_nd.float(), head.weight, targets_n, linear_bias=head.bias, options=options)
     total = x_nd.new_zeros((), dtype=torch.float32)
     for x, targets in zip(x_nd.split(rows), targets_n.split(rows), strict=True):
-        total = total + checkpoint(_chunk, x, targets, head, transform, use_reentrant=False, preserve_rng_state=False)
-    return total / (targets_n != -100).sum()
+        chunk = x, targets, head, transform, z_loss
+        total = total + checkpoint(_chunk, *chunk, use_reentrant=False, preserve_rng_state=False)
+    return total / count
 
 
-def _chunk(x_nd: Tensor, targets_n: Tensor, head: nn.Module, transform: Callable[[Tensor], Tensor] | None) -> Tensor:
-    return F.cross_entropy(_logits(x_nd, head, transform).float(), targets_n, reduction="sum")
+def gradient_only(penalty: Tensor) -> Tensor:
+    """A zero whose gradient is that of `penalty`."""
+    return penalty - penalty.detach()
+
+
+def _chunk(
+    x_nd: Tensor, targets_n: Tensor, head: nn.Module, transform: Callable[[Tensor], Tensor] | None, z_loss: float
+) -> Tensor:
+    """The sum over a chunk's targets, with the gradient of their z-loss."""
+    logits_nv = _logits(x_nd, head, transform).float()
+    total = F.cross_entropy(logits_nv, targets_n, reduction="sum")
+    return total + gradient_only(z_loss * _drift(logits_nv, targets_n)) if z_loss else total
+
+
+def _drift(logits_nv: Tensor, targets_n: Tensor) -> Tensor:
+    """The sum of squared log-partition functions over positions that have a target."""
+    return (logits_nv.logsumexp(-1).square() * (targets_n != -100)).sum()
 
 
 def _logits(x_nd: Tensor, head: nn.Module, transform: Callable[[Tensor], Tensor] | None) -> Tensor:

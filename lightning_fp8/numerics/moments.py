@@ -35,8 +35,14 @@ The exponent 2.5 trades E4M3's surplus of range for precision. m rounds to neare
 
 **When it fails.** v below 2^-126 counts as 0 on every device (as if subnormals were flushed), and where v is 0, so is
 m. Elements of a block below hi * 2^-42 are raised to that, or a code less, which makes their updates smaller, never
-larger. Both moments must be finite. Transcendental functions are taken in fp64 and rounded once, so that codes do not
-depend on vector width or on how a tensor was cut.
+larger. Both moments must be finite. |m| / sqrt(v) beyond 2^126 counts as that.
+
+**The same codes on every path.** All is fp32 arithmetic whose every operation IEEE 754 determines (`elementary.py`), so
+codes depend neither on how a tensor was cut nor on whether they were computed by torch's operations or by a kernel.
+fp32 limits the density to 1,024 codes an octave; more would buy nothing, 1/1,024 octaves being .03 % of sqrt(v), where
+m is right to some per cent. A decoded v that is encoded again may miss its lattice point by `_SLACK` and so many
+`_SLACK_OCTAVES`; thresholds keep that far from 0 and 1, so that what lies on the lattice stays there. In return a v
+that decays by d codes a step decays more slowly by that slack over d: .2 % at beta2 = .999 and 6 codes an octave.
 """
 
 import functools
@@ -46,17 +52,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_fp8.numerics import elementary
 from lightning_fp8.numerics.formats import E4M3, e8m0_ceil, e8m0_value
 
 _INTERVALS = 252  # between codes 1 and 253
 _WIDEST = 42.0  # octaves, 6 codes each
-_NARROWEST = 2.0**-8  # octaves; codes that were denser still would ask too much of fp64's logarithms
+_DENSEST = 1024.0  # codes an octave
 _TINY = torch.finfo(torch.float32).tiny  # 2^-126
+_TINY_BITS = 1 << 23
+_HUGE_BITS = 254 << 23  # 2^127
 _POWER = 2.5
 _DENSITY_BITS = 20  # an fp32 number without these is one with three mantissa bits
 _DENSITY_BIAS = (127 + 2) << 3  # the density whose byte is 0: 4 codes an octave
-# A lattice is placed with a margin of this many codes, so that no rounding of fp64 can put hi beyond its last point.
-_MARGIN = 2.0**-20
+# hi lies at least this many codes above the last lattice point that counts as below it; fp32 knows it to 2^-15.
+_MARGIN = 2.0**-12
+# How far from its lattice point a decoded v may seem to be when it is encoded again: fp32 keeps points, up to 252, to
+# 2^-17, twice; decoding and the logarithm add up to 2^-20 octaves.
+_SLACK = 2.0**-16
+_SLACK_OCTAVES = 2.0**-20
 
 
 class FP8Moments(NamedTuple):
@@ -67,7 +80,7 @@ class FP8Moments(NamedTuple):
         m_scale: uint8 [n, 1], E8M0: the power of two at or above the block's largest |m| / sqrt(v).
         v_codes: uint8 [n, b], points of the block's logarithmic lattice.
         v_max: fp32 [n, 1], the block's largest v, exact.
-        v_density: uint8 [n, 1], codes an octave: 5 exponent bits and 3 mantissa bits, 0 is 4 codes an octave; 4 to 111.
+        v_density: uint8 [n, 1], codes an octave: 5 exponent bits and 3 mantissa bits, 0 is 4 codes an octave; 4 to 64.
     """
 
     m_codes: Tensor
@@ -93,65 +106,102 @@ class FP8Moments(NamedTuple):
             random: fp32 [n, b], uniform in [0, 1): rounds a code of v up where it exceeds the distance to the next.
         """
         v_codes, v_max, v_density = encode_v(v, random)
-        m_codes, m_scale = encode_m(m, decode_root_v(v_codes, v_max, v_density).float())
+        live_m = (m.view(torch.int32) & _live(v)).view(torch.float32)
+        m_codes, m_scale = encode_m(live_m, _lattice_root(v_codes, v_max, v_density).minimum(_root_of(v_max)))
         return cls(m_codes, m_scale, v_codes, v_max, v_density)
 
     def decode(self) -> tuple[Tensor, Tensor]:
         """The moments (m, v), fp32 [n, b] each; v is exactly `v_max` at code 254 and exactly 0 at code 0."""
-        root = decode_root_v(self.v_codes, self.v_max, self.v_density)
-        levels = _m_levels(self.m_codes.device).index_select(0, self.m_codes.reshape(-1).int())
-        m = levels.view(root.shape) * e8m0_value(self.m_scale) * root.float()
-        return m, (root * root).float()
+        root = _lattice_root(self.v_codes, self.v_max, self.v_density)
+        levels = m_levels(self.m_codes.device).index_select(0, self.m_codes.reshape(-1).int())
+        m = levels.view(root.shape) * e8m0_value(self.m_scale) * root.minimum(_root_of(self.v_max))
+        return m, _square(root, self.v_codes, self.v_max)
 
 
-# Below, `live` is 1 where v counts as positive and 0 where it does not. It is multiplied by rather than selected with:
-# on CPUs torch's comparisons, boolean conversions and `where` take several times as long as arithmetic.
+# The order of operations is part of the format: see `elementary.py`. On CPUs torch's comparisons, boolean conversions
+# and `where` take several times as long as arithmetic, so what counts as zero is masked by integers.
 
 
 def encode_v(v: Tensor, random: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(codes uint8 [n, b], hi fp32 [n, 1], density uint8 [n, 1]) of `v` fp32 [n, b]; `random` as in `encode`."""
-    live = (v.view(torch.int32) >> 23).clamp_max_(1)  # a non-zero exponent field: v >= 2^-126
+    live = _live(v)
     hi = v.amax(dim=1, keepdim=True)
     hi = torch.where(hi >= _TINY, hi, 0.0)
-    lo = (v + (1 - live).float() * torch.finfo(torch.float32).max).amin(dim=1, keepdim=True)
-    log_hi = hi.clamp_min(_TINY).double().log2()
-    octaves = log_hi - lo.minimum(hi).clamp_min(_TINY).double().log2()
-    densest = (_INTERVALS / octaves.clamp_(_NARROWEST, _WIDEST)).float().view(torch.int32)
-    density = ((densest >> _DENSITY_BITS) - _DENSITY_BIAS).to(torch.uint8)
+    lo = (v.view(torch.int32) | (_HUGE_BITS & ~live)).view(torch.float32).amin(dim=1, keepdim=True)
+    density = _density(hi.clamp_min(_TINY), lo)
     per_octave, base = _lattice(hi, density)
-    top = log_hi * per_octave - base  # above 0, and 1 at most: the interval between the last two codes is cut at hi
-    point = v.clamp_min(_TINY).double().log2_().mul_(per_octave).sub_(base)
-    point = torch.maximum(point, point / top)
-    # `random` is a multiple of 2^-16; half of one more makes it symmetric, and keeps what lies on the lattice there.
-    codes = point.add_(random.double()).add_(253.0 + 2.0**-17).floor_().clamp_(1.0, 254.0).to(torch.uint8)
-    return codes * live.to(torch.uint8), hi, density
+    k, b = per_octave.float(), base.float()
+    point = _points(v, k, b)
+    # The interval between the last two codes is cut at hi.
+    point = point.maximum(point * _points(hi.clamp_min(_TINY), k, b).reciprocal())
+    slack = k * _SLACK_OCTAVES + _SLACK
+    threshold = (random * (1.0 - 2.0 * slack)).add_(slack)
+    codes = point.add_(threshold).floor_().clamp_(-252.0, 1.0).int().add_(253)
+    return codes.bitwise_and_(live).to(torch.uint8), hi, density
 
 
-def decode_root_v(codes: Tensor, hi: Tensor, density: Tensor) -> Tensor:
-    """sqrt(v), fp64 [n, b], of what `encode_v` returned."""
-    per_octave, base = _lattice(hi, density)
-    half_octaves = 0.5 / per_octave
-    root = (codes.double() * half_octaves).add_((base - 253.0 + 2 * _MARGIN) * half_octaves).exp2_()
-    # The last point of the lattice is at hi or above, and means hi. 2^-126 is a point of every lattice, so that none
-    # below it is ever needed.
-    root = root.minimum(hi.double().sqrt())
-    return root.mul_(codes.clamp_max(1).double())
+def decode_v(codes: Tensor, hi: Tensor, density: Tensor) -> Tensor:
+    """v, fp32 [n, b], of what `encode_v` returned; exactly `hi` at code 254."""
+    return _square(_lattice_root(codes, hi, density), codes, hi)
+
+
+def _live(v: Tensor) -> Tensor:
+    """A mask, int32, of all ones where `v` counts as positive, of zeros where it does not."""
+    return (_TINY_BITS - 1 - v.view(torch.int32)) >> 31
+
+
+def _density(hi: Tensor, lo: Tensor) -> Tensor:
+    """The byte of the largest k that reaches from `hi` to `lo`, both positive fp32 [n, 1]; `lo` may exceed `hi`."""
+    (hi_octave, hi_log), (lo_octave, lo_log) = elementary.log2(hi), elementary.log2(lo)
+    octaves = (hi_octave - lo_octave).float() + (hi_log - lo_log)
+    densest = _INTERVALS / octaves.clamp(_INTERVALS / _DENSEST, _WIDEST)
+    return ((densest.view(torch.int32) >> _DENSITY_BITS) - _DENSITY_BIAS).to(torch.uint8)
 
 
 def _lattice(hi: Tensor, density: Tensor) -> tuple[Tensor, Tensor]:
     """(k, base), fp64 [n, 1]: codes an octave, and the number of the last lattice point 2^(i / k) below hi."""
     per_octave = ((density.int() + _DENSITY_BIAS) << _DENSITY_BITS).view(torch.float32).double()
-    return per_octave, (hi.clamp_min(_TINY).double().log2() * per_octave - _MARGIN).floor()
+    octave, log = elementary.log2(hi.clamp_min(_TINY))
+    return per_octave, ((octave.double() + log.double()) * per_octave - _MARGIN).floor()
+
+
+def _points(v: Tensor, k: Tensor, base: Tensor) -> Tensor:
+    """The points k * log2(v) - base of positive fp32 `v`, fp32."""
+    octave, log = elementary.log2(v)
+    return (octave.float() * k).sub_(base).add_(log.mul_(k))  # exact but for `log`
+
+
+def _lattice_root(codes: Tensor, hi: Tensor, density: Tensor) -> Tensor:
+    """What `codes` stand for on the lattice, as roots, fp32 [n, b]; code 254 is above sqrt(hi), code 0 is positive."""
+    k, base = _lattice(hi, density)
+    period = 2 * k  # points in an octave of the root: an integer
+    octave = (base / period).floor()
+    first = (base - octave * period - 253.0).float()
+    period, step, octave = period.float(), period.reciprocal().float(), octave.float()
+    code = codes.float()
+    code = (code - 253.0).clamp_min_(0.0).add_(code)  # code 254 means hi, so take a point that is surely above it
+    point = code.add_(first)
+    octaves = ((point + 0.5) * step).floor_()  # the half keeps the floor clear of rounding
+    fraction = (point - octaves * period).mul_(step)
+    return elementary.exp2(octaves.add_(octave), fraction)
+
+
+def _root_of(hi: Tensor) -> Tensor:
+    return elementary.sqrt(hi.clamp_min(_TINY))
+
+
+def _square(root: Tensor, codes: Tensor, hi: Tensor) -> Tensor:
+    """What v is by its lattice root: exactly `hi` at code 254, and 0 at code 0."""
+    return (root * root).minimum(hi).mul_(codes.clamp_max(1).float())
 
 
 def encode_m(m: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
-    """(codes uint8 [n, b], scale uint8 [n, 1]) of m fp32 [n, b] in units of `root` fp32 [n, b], the decoded sqrt(v)."""
-    live = (root.view(torch.int32) >> 23).clamp_max_(1).float()
-    ratio = (m * live).div_(root.clamp_min(_TINY))
+    """(codes uint8 [n, b], scale uint8 [n, 1]) of m fp32 [n, b] in units of `root` fp32 [n, b], positive."""
+    ratio = m / root
     size = ratio.abs()
-    scale = e8m0_ceil(size.amax(dim=1, keepdim=True))
-    unit = size.div_(e8m0_value(scale)).clamp_max_(1.0)
-    spread = unit.double().sqrt_().float().mul_(unit).mul_(unit).mul_(E4M3.max)
+    scale = e8m0_ceil(size.amax(dim=1, keepdim=True)).clamp_max_(253)
+    unit = size.mul_(e8m0_value(254 - scale)).clamp_max_(1.0)
+    spread = elementary.sqrt(unit).mul_(unit).mul_(unit).mul_(E4M3.max)
     return spread.copysign_(ratio).to(E4M3.dtype).view(torch.uint8), scale
 
 
@@ -163,4 +213,4 @@ def _levels(device: torch.device) -> Tensor:
 
 
 # One table a device, which a compiled step looks up too instead of computing it anew.
-_m_levels: Callable[[torch.device], Tensor] = torch.compiler.assume_constant_result(functools.cache(_levels))
+m_levels: Callable[[torch.device], Tensor] = torch.compiler.assume_constant_result(functools.cache(_levels))

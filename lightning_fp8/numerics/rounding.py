@@ -106,5 +106,8 @@ def stochastic_round_bf16(x: Tensor, bits: Tensor) -> Tensor:
         bf16. A value that bf16 can hold is returned unchanged; inf and NaN stay what they are.
     """
     # Sign and magnitude are separate in the encoding, so adding below the kept bits moves away from zero.
-    carried = (x.view(torch.int32) + (bits & 0xFFFF)) & ~0xFFFF
-    return torch.where(x.isfinite(), carried.view(torch.float32), x).to(torch.bfloat16)
+    # The mask is zero for inf and NaN: integers, since `where` and `isfinite` take ten times as long on a CPU.
+    encoding = x.view(torch.int32)
+    low = (((encoding & 0x7FFFFFFF) - 0x7F800000) >> 31) & 0xFFFF
+    carried = ((bits & low) + encoding) & ~low
+    return carried.view(torch.float32).to(torch.bfloat16)

@@ -14,7 +14,6 @@ The step is a function on blocks (`step.py`), applied to many parameters at once
 order, names and options.
 """
 
-import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, overload
 
@@ -23,21 +22,20 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_fp8.numerics.weights import BF16_WEIGHTS
-from lightning_fp8.optim import shards
-from lightning_fp8.optim.finite import all_finite, count_skips
-from lightning_fp8.optim.fresh import moments_of, new_state, weights_of
+from lightning_fp8.optim import health, shards
+from lightning_fp8.optim.arguments import check_adamw, check_limits, check_shared
+from lightning_fp8.optim.finite import SkippedSteps, free_to_read
+from lightning_fp8.optim.fresh import fields_of, moments_of, new_state, weights_of
 from lightning_fp8.optim.groups import parameter_name
-from lightning_fp8.optim.guidance import warn_of_moments
-from lightning_fp8.optim.health import Counts, Health
+from lightning_fp8.optim.health import Health, Measured
 from lightning_fp8.optim.ledger import Ledger, measure_ledger
 from lightning_fp8.optim.packing import Member, alike, step_batch
 from lightning_fp8.optim.release import GradientRelease
 from lightning_fp8.optim.state import load_exactly
 from lightning_fp8.optim.step import MOMENTS
+from lightning_fp8.optim.update_clipping import with_clipped_rates
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
-
-_FREE_TO_READ = ("cpu",)  # devices whose memory the host reads without waiting
 
 
 class FP8AdamW(Optimizer):
@@ -58,20 +56,20 @@ class FP8AdamW(Optimizer):
             corrected by 1 - beta^t with the beta of this step.
         eps: Added to the denominator.
         weight_decay: Decoupled; a weight shrinks by lr * weight_decay a step.
-        moments: How moments are kept: "fp8", or to compare with "e4m3", "e4m3/e5m2", "coat", "bf16", "fp32". For
-            embeddings in fp32, give them a group of their own.
+        moments: How moments are kept: "fp8", or to compare with "e4m3", "e4m3/e5m2", "coat", "fp8_lm", "bf16", "fp32".
+            For embeddings in fp32, give them a group of their own.
         block_size: Elements that share the scales of their moments.
-        rounding: How bf16 weights are kept: "stochastic", "nearest", "kahan" (+2 bytes a parameter) or "correction8"
-            (+1), see `numerics/weights.py`. fp32 weights need none.
+        rounding: How bf16 weights are kept: "stochastic", "nearest", "kahan" (+2 bytes a parameter), "correction8"
+            (+1) or, to compare with, "scaled_fp16" (+2), see `numerics/weights.py`. fp32 weights need none.
         seed: Of the random bits.
         maximize: Follow the gradient up instead of down.
         clip_update_rms: Divide the learning rate of a parameter, for this step, by its root mean square of
-            g / max(sqrt(v), eps) over this limit, where that is above 1 (StableAdamW, whose limit is 1). Costs another
-            pass over gradients and moments.
+            g / max(sqrt(v), eps) over this limit, where that is above 1 (StableAdamW, whose limit is 1). Of a sharded
+            parameter the whole counts. Costs another pass over gradients and moments, and one collective operation.
         max_update: Limit |u| of each element, u being what the learning rate multiplies.
         max_skipped_steps: Raise when this many steps in a row had gradients that are not finite. Reads the device in
             each step. None never raises.
-        track_health: Count what `health()` reports.
+        track_health: Count what `health()` and `health_by_parameter()` report.
         compile: Compile the step with `torch.compile`: once for each combination of formats and dtypes, whatever the
             learning rate, the step and the shapes. The first step then takes a while, and a compiler. Codes and bf16
             weights have been equal to the eager step's wherever they were compared; fp32 weights differ by an ulp.
@@ -85,8 +83,11 @@ class FP8AdamW(Optimizer):
         A step's results are the same, bit for bit, for the same device, dtype and torch version only.
 
         A step in which any gradient holds NaN, inf or a number beyond 2^63 is skipped as a whole (`finite.py`): no
-        weight, moment or step count changes, and `skipped_steps` counts it. Gradients of this process are looked at;
-        where each process holds a shard, all must decide alike, as clipping by the global norm makes them.
+        weight, moment or step count changes, and `skipped_steps` counts it. Where parameters are sharded or replicated
+        by DTensor (FSDP2, tensor parallelism), the processes of their meshes skip together, at the cost of one
+        collective operation on a scalar a step and mesh. Under DDP all see the same gradients, those of the
+        all-reduce. Stages of a pipeline, which share no mesh, decide each for itself. Under gradient release a step
+        is that of one parameter: the others' are taken.
 
         On a GPU a step never waits for the device, unless `max_skipped_steps` is given.
     """
@@ -101,9 +102,9 @@ class FP8AdamW(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
-        moments: Literal["fp8", "e4m3", "e4m3/e5m2", "coat", "bf16", "fp32"] = "fp8",
+        moments: Literal["fp8", "e4m3", "e4m3/e5m2", "coat", "fp8_lm", "bf16", "fp32"] = "fp8",
         block_size: int = 128,
-        rounding: Literal["stochastic", "nearest", "kahan", "correction8"] = "stochastic",
+        rounding: Literal["stochastic", "nearest", "kahan", "correction8", "scaled_fp16"] = "stochastic",
         seed: int = 0,
         maximize: bool = False,
         clip_update_rms: float | None = None,
@@ -129,8 +130,8 @@ class FP8AdamW(Optimizer):
             "compile": compile,
         }
         super().__init__(params, defaults)
-        self._skips: Tensor | None = None
-        self._health: Counts | None = None
+        self._skips = SkippedSteps("FP8AdamW")
+        self._health: dict[tuple[str, ...], Measured] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restores what was pickled or copied, and options that it did not know yet; counters start anew."""
@@ -138,12 +139,15 @@ class FP8AdamW(Optimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
-        self._skips, self._health = None, None
+        self._skips, self._health = SkippedSteps("FP8AdamW"), {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; see `torch.optim.Optimizer.add_param_group`."""
         super().add_param_group(param_group)
-        _check_group(self.param_groups[-1])
+        group = self.param_groups[-1]
+        check_shared("FP8AdamW", group, {"moments": MOMENTS, "rounding": BF16_WEIGHTS})
+        check_adamw("FP8AdamW", group)
+        check_limits("FP8AdamW", group, "clip_update_rms", "max_update")
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -163,7 +167,8 @@ class FP8AdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._step([(number, range(len(group["params"]))) for number, group in enumerate(self.param_groups)])
+        counted = self._step([(n, range(len(group["params"]))) for n, group in enumerate(self.param_groups)])
+        self._health = counted or self._health
         return loss
 
     @torch.no_grad()
@@ -172,27 +177,29 @@ class FP8AdamW(Optimizer):
 
         A gradient that is not finite skips the step of this parameter alone.
         """
-        self._step([(group, [index])])
+        self._health |= self._step([(group, [index])])
 
-    def _step(self, chosen: Iterable[tuple[int, Iterable[int]]]) -> None:
-        """Steps the parameters that have a gradient among those `chosen` by group and index, all or none of them."""
+    def _step(self, chosen: Iterable[tuple[int, Iterable[int]]]) -> dict[tuple[str, ...], Measured]:
+        """Steps the parameters that have a gradient among those `chosen` by group and index, all or none of them.
+
+        Returns:
+            What was counted in it, by the names of parameters.
+        """
         named = {number: list(self._named_gradients(number, indices)) for number, indices in chosen}
+        params = [p for group in named.values() for _, p in group]
+        if not params:
+            return {}
         grads = [_gradient(name, p) for group in named.values() for name, p in group]
-        if not grads:
-            return
-        finite = all_finite(grads)
-        self._count_skip(finite)
-        readable = finite.device.type in _FREE_TO_READ
-        if readable and not finite:
-            return
-        flag = None if readable else finite
-        counts = [
-            counted
+        finite = self._skips.finite(params, grads, self.defaults["max_skipped_steps"])
+        known = free_to_read(finite)
+        if known and not finite:
+            return {}
+        flag = None if known else finite
+        return {
+            names: measured
             for number, members in named.items()
-            for counted in self._step_group(self.param_groups[number], members, flag)
-        ]
-        if counts:
-            self._health = functools.reduce(Counts.plus, counts).unless_skipped(flag, self._health)
+            for names, measured in self._step_group(self.param_groups[number], members, flag)
+        }
 
     def _named_gradients(self, number: int, indices: Iterable[int]) -> Iterator[tuple[str, Tensor]]:
         """(name, parameter) of those parameters of a group that have a gradient."""
@@ -202,7 +209,7 @@ class FP8AdamW(Optimizer):
 
     def _step_group(
         self, group: dict[str, Any], named: list[tuple[str, Tensor]], finite: Tensor | None
-    ) -> Iterator[Counts]:
+    ) -> Iterator[tuple[tuple[str, ...], Measured]]:
         """Steps parameters of a group, all that have gradients, unless `finite` says that nothing is to change."""
         members = [
             Member(
@@ -220,10 +227,14 @@ class FP8AdamW(Optimizer):
         steps = [member.state["step"] for member in members]
         if steps:
             torch._foreach_add_(steps, 1 if finite is None else [finite.to(step.device).long() for step in steps])
+        if group["clip_update_rms"] is not None:
+            members = with_clipped_rates(members, [p for _, p in named], group)
         for batch in alike(members):
             counts = step_batch(batch, group, None if finite is None else finite.to(batch[0].weight.device))
             if counts is not None:
-                yield counts
+                names, elements = zip(*((member.name, member.weight.numel()) for member in batch), strict=True)
+                last = self._health[names].counts if names in self._health else None
+                yield names, Measured(elements, counts.unless_skipped(finite, last))
 
     def _state_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """What this process holds of the state of `p`, created at its first step."""
@@ -243,46 +254,55 @@ class FP8AdamW(Optimizer):
         """Bytes a parameter of weights, gradients, moments and scales, measured on the storages of this process."""
         return measure_ledger((p for group in self.param_groups for p in group["params"]), [self])
 
-    def _count_skip(self, finite: Tensor) -> None:
-        self._skips = count_skips(self._skips, finite)
-        limit = self.defaults["max_skipped_steps"]
-        if limit is not None and int(self._skips[1]) >= limit:
-            raise FloatingPointError(
-                f"FP8AdamW: the gradients of {limit} steps in a row held NaN, inf or a number beyond 2^63. Lower the "
-                "learning rate, clip gradients, or resume from an earlier checkpoint."
-            )
-
     @property
     def skip_counts(self) -> Tensor | None:
         """Steps skipped in all, and since the last one that was not: int64 [2], on the device; None before any."""
-        return self._skips
+        return self._skips.counts
 
     @property
     def skipped_steps(self) -> int:
         """Steps skipped since the optimizer was made or its state loaded; reads the device."""
-        return 0 if self._skips is None else int(self._skips[0])
+        return self._skips.total
 
     def health(self) -> Health:
         """Figures of the last step that was taken, on the device, over the groups that have `track_health`.
 
+        They are of what this process holds. Under gradient release, of the last step of each parameter.
+
         Raises:
             ValueError: There was no such step.
         """
-        if self._health is None:
+        return health.of_all(self._counted())
+
+    def health_by_parameter(self) -> dict[str, Health]:
+        """The figures of `health()` of each parameter, by its name, or by group and position where it has none.
+
+        Raises:
+            ValueError: There was no such step.
+        """
+        return health.of_each(self._counted())
+
+    def _counted(self) -> dict[tuple[str, ...], Measured]:
+        if not self._health:
             raise ValueError("FP8AdamW: nothing was counted; set track_health=True and take a step first.")
-        return self._health.health()
+        return self._health
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict with every code and scale exactly as it was saved; see `state.py`.
 
+        Hyperparameters become those that were saved, but for `moments`, `block_size` and `rounding`, which must be the
+        same; `convert_state` loads what was kept in another way.
+
         Raises:
-            ValueError: It is the state of another optimizer.
+            ValueError: It is the state of another optimizer, of other such options, or incomplete.
         """
         if any("exp_avg" in state for state in state_dict["state"].values()):
             raise ValueError(
                 "FP8AdamW: this is the state of torch.optim.AdamW; optim.import_adamw_state takes it over."
             )
-        load_exactly(self, state_dict, super().load_state_dict)
+        load_exactly(
+            self, state_dict, super().load_state_dict, lambda p, group, state: fields_of(p, group) - state.keys()
+        )
 
 
 def _gradient(name: str, p: Tensor) -> Tensor:
@@ -294,27 +314,3 @@ def _gradient(name: str, p: Tensor) -> Tensor:
             "optimizer."
         )
     return shards.local_gradient(p)
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    """Raises ValueError naming the field, what it is and what it may be."""
-    choices: dict[str, Iterable[str]] = {"moments": MOMENTS, "rounding": BF16_WEIGHTS}
-    for name, allowed in choices.items():
-        if group[name] not in allowed:
-            raise ValueError(f"FP8AdamW: {name} {group[name]!r} is not one of {', '.join(allowed)}.")
-    for name in ("lr", "eps", "weight_decay"):
-        if not group[name] >= 0:
-            raise ValueError(f"FP8AdamW: {name} is {group[name]}; it must be 0 or more.")
-    for name in ("clip_update_rms", "max_update", "max_skipped_steps"):
-        if group[name] is not None and not group[name] > 0:
-            raise ValueError(f"FP8AdamW: {name} is {group[name]}; it must be more than 0, or None.")
-    if not all(0 <= beta < 1 for beta in group["betas"]):
-        raise ValueError(f"FP8AdamW: betas are {group['betas']}; both must be in [0, 1).")
-    if group["block_size"] < 1:
-        raise ValueError(f"FP8AdamW: block_size is {group['block_size']}; it must be 1 or more.")
-    for p in group["params"]:
-        if p.dtype not in (torch.bfloat16, torch.float32):
-            raise ValueError(f"FP8AdamW: a parameter is {p.dtype}; weights must be bfloat16 or float32.")
-        if not p.is_contiguous():
-            raise ValueError(f"FP8AdamW: a parameter of shape {tuple(p.shape)} is not contiguous; make it so first.")
-    warn_of_moments(group["moments"], group["betas"], group["eps"])

@@ -9,13 +9,13 @@ says which.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_fp8.numerics.moments import FP8Moments, decode_root_v, encode_v
+from lightning_fp8.numerics.moments import FP8Moments, decode_v, encode_v
 from lightning_fp8.numerics.signed import Signed
 
 
@@ -91,7 +91,7 @@ def second_moment(key: str) -> Codec:
         (key,),
         stored,
         lambda values, random: encode_v(values[0], random),
-        lambda stored: (decode_root_v(*stored).square().float(),),
+        lambda stored: (decode_v(*stored),),
     )
 
 
@@ -166,3 +166,18 @@ def codecs_in(optimizer: Optimizer, names: Iterable[str]) -> list[Codec]:
     """By which codecs the stored state with these `names` was stored."""
     table = [codec for codec in CODECS[type(optimizer)] if codec.stored[0].name in names]
     return table + [exact(name) for name in names if all(name not in [s.name for s in c.stored] for c in table)]
+
+
+def incomplete(optimizer: Optimizer, state: dict[str, Any]) -> set[str]:
+    """What is missing of the saved `state` of a parameter: the rest of a codec of which there is a part.
+
+    Where something is there that `optimizer` has no codec for, its own state is missing.
+    """
+    names = {name for name, value in state.items() if isinstance(value, Tensor) and value.dim()}
+    missing: set[str] = set()
+    for codec in CODECS[type(optimizer)]:
+        ways = [{stored.name for stored in codec.stored}, set(codec.keys)]
+        begun = [way - names for way in ways if way & names]
+        missing |= min(begun, key=len, default=set())
+        names -= ways[0] | ways[1]
+    return missing or (set(CODECS[type(optimizer)][0].keys) if names else set())

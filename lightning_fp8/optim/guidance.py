@@ -18,6 +18,7 @@ a whole takes its scale along.) Stochastic rounding follows any beta2.
 | "coat"           | 0        | 0.944         | a power, which k < 1 makes coarser still; rounds to nearest     |
 | "e4m3"           | 2^-18.8  | 0.944 = 17/18 | half of the last bit of 1.125 is 1/18                           |
 | "e4m3/e5m2"      | 2^-32.8  | 0.9 = 9/10    | half of the last bit of 1.25 is 1/10                            |
+| "fp8_lm"         | 2^-41    | 0.9995        | fp16 with a scale, rounded to nearest                           |
 | "bf16", "fp32"   | 0        | any           | fp32's range; bf16 rounds stochastically                        |
 """
 
@@ -38,12 +39,13 @@ class Storage(NamedTuple):
     largest_beta2: float
 
 
-# Below half of the smallest positive number a magnitude rounds to 0: 2^-10 of 448, 2^-17 of 57344.
+# Below half of the smallest positive number a magnitude rounds to 0: 2^-10 of 448, 2^-17 of 57344, 2^-25 of 65504.
 STORAGES = {
     "fp8": Storage(0.0, 1.0),
     "coat": Storage(0.0, 17 / 18),
     "e4m3": Storage(2.0**-10 / 448, 17 / 18),
     "e4m3/e5m2": Storage(2.0**-17 / 57344, 9 / 10),
+    "fp8_lm": Storage(2.0**-25 / 65504, 1 - 2.0**-11),
     "bf16": Storage(0.0, 1.0),
     "fp32": Storage(0.0, 1.0),
 }
@@ -72,7 +74,7 @@ def moment_hazards(moments: str, betas: tuple[float, float], eps: float) -> list
     """What may go wrong with second moments that are kept so, each with its remedy; empty where nothing can."""
     lost, largest_beta2 = STORAGES[moments]
     hazards = []
-    if lost and eps < 1e-7:
+    if lost > 2.0**-40 and eps < 1e-7:
         hazards.append(
             f"a v below 2^{math.log2(lost):.1f} of the largest of its block is lost, and its update is then m / eps:"
             f' eps {eps:g} is no bound. Use moments="fp8", or eps of 1e-7 and more (optim.guidance.safe_eps).'

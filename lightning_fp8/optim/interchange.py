@@ -2,7 +2,7 @@
 
 A run that began with fp32 moments goes on with `import_adamw_state`; one that is to be continued elsewhere leaves with
 `export_fp32_state`, which `torch.optim.AdamW` loads. Exporting is exact: the fp32 values are those that the codes stand
-for. Importing rounds once, to nearest.
+for. Importing rounds once, to nearest. `convert_state` does both, for a run that goes on with other `moments`.
 """
 
 from typing import Any
@@ -13,7 +13,9 @@ from torch import Tensor
 from lightning_fp8.optim.adamw import FP8AdamW
 from lightning_fp8.optim.codecs import Codec, Stored
 from lightning_fp8.optim.fresh import moments_of, new_state
+from lightning_fp8.optim.state import KEPT_AS
 from lightning_fp8.optim.stored import expand, store
+from lightning_fp8.optim.wrapper import FP8Optimizer
 
 _NAMES = ("exp_avg", "exp_avg_sq")
 
@@ -62,6 +64,35 @@ def export_fp32_state(optimizer: FP8AdamW) -> dict[str, Any]:
                 moments = expand(p, group["block_size"], [_codec(p, group, stored)], stored)
                 state[number] = {"step": stored["step"].float(), **moments}
     return {"state": state, "param_groups": groups}
+
+
+def convert_state(optimizer: FP8AdamW | FP8Optimizer, state_dict: dict[str, Any]) -> None:
+    """Loads what an optimizer of the same class has saved with other `moments`, `block_size` or `rounding`.
+
+    Moments pass through fp32, which takes 8 bytes a parameter for the time, and are rounded once, to nearest. What the
+    weights' rounding kept (Kahan's compensation, the correction) is left behind: half a last bit of bf16 at most. Of
+    the hyperparameters those that torch's optimizer has too become the saved ones.
+
+    Args:
+        optimizer: Over the same parameters, in the same groups and order.
+        state_dict: As for its `load_state_dict`.
+
+    Raises:
+        ValueError: See `load_state_dict`.
+    """
+    groups = [
+        {**own, **{name: saved[name] for name in KEPT_AS if name in saved}}
+        for own, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True)
+    ]
+    if isinstance(optimizer, FP8AdamW):
+        source = FP8AdamW(groups)
+        source.load_state_dict(state_dict)
+        import_adamw_state(optimizer, export_fp32_state(source))
+    else:
+        kind: Any = type(optimizer.base)
+        wrapped = FP8Optimizer(kind(groups))
+        wrapped.load_state_dict(state_dict)
+        optimizer.load_state_dict(wrapped.base_state_dict())
 
 
 def _encoded(p: Tensor, group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Tensor]:

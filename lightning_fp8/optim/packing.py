@@ -6,14 +6,17 @@ their size. Everything that a block needs to know of its parameter is looked up 
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_fp8.kernels.adamw import Numbers, adamw, has_adamw
+from lightning_fp8.numerics.moments import FP8Moments, m_levels
 from lightning_fp8.numerics.rounding import dither, parameter_key, random_bits, row_keys
-from lightning_fp8.numerics.weights import CorrectedWeights, StochasticWeights, Weights
+from lightning_fp8.numerics.weights import CorrectedWeights, FP32Weights, StochasticWeights, Weights
 from lightning_fp8.optim import blocks, shards
 from lightning_fp8.optim.finite import keep_unless
 from lightning_fp8.optim.health import Counts
@@ -24,7 +27,10 @@ _DRAWN = (StochasticWeights, CorrectedWeights)  # weights that random bits round
 
 
 class Member(NamedTuple):
-    """One parameter of a step: its plain name, its formats, and what this process holds of it, outside autograd."""
+    """One parameter of a step: its plain name, its formats, and what this process holds of it, outside autograd.
+
+    `rate` is its own learning rate, fp32 [1], where that is not the group's.
+    """
 
     name: str
     place: shards.Place
@@ -33,6 +39,7 @@ class Member(NamedTuple):
     state: dict[str, Tensor]
     moments: type[Moments]
     weights: type[Weights]
+    rate: Tensor | None = None
 
 
 class _Batch(NamedTuple):
@@ -83,14 +90,17 @@ def step_batch(members: list[Member], group: dict[str, Any], finite: Tensor | No
     """
     weights_kind, moments_kind, size = members[0].weights, members[0].moments, group["block_size"]
     batch, hyper, compute = _pack(members, group), Hyper.of(group), step_rows
+    if finite is None and _has_kernel(batch, members[0], group):
+        _step_by_kernel(batch, members, group)
+        return None
     if group["compile"]:
         hyper, compute = hyper.as_tensors(), _compiled_step()
     device = batch.keys.device
     lanes = torch.arange(size, dtype=torch.int32, device=device)
-    chunks = blocks.chunks(tuple(place.shape for place in batch.places), _CHUNK_ELEMENTS.get(device.type, 1 << 24))
-    rates = _clipped_rates(batch, members, group, chunks) if group["clip_update_rms"] is not None else None
+    own_rates = [member.rate for member in members if member.rate is not None]
+    rates = torch.stack(own_rates) if own_rates else None
     counts: Counts | None = None
-    for rows in chunks:
+    for rows in _chunks(batch, device):
         owner, row, first_column = shards.positions(rows, batch.places, size, device)
         columns, keys, steps = first_column + lanes, batch.keys[owner], batch.steps[owner]
         old = _gather(batch, rows)
@@ -108,12 +118,56 @@ def step_batch(members: list[Member], group: dict[str, Any], finite: Tensor | No
             hyper if rates is None else hyper._replace(lr=rates[owner]),
         )
         if group["track_health"]:
-            elements = sum((stop - start) * batch.places[index].shape[1] for index, start, stop in rows)
-            counted = Counts.of(weights, result, elements)
+            counted = Counts.of(weights, result, owner, len(members))
             counts = counted if counts is None else counts.plus(counted)
         for tensors, new, value in zip(batch.stored.values(), (*result.weights, *result.moments), old, strict=True):
             blocks.scatter(keep_unless(finite, new, value), tensors, rows)
     return counts
+
+
+def _has_kernel(batch: _Batch, kind: Member, group: dict[str, Any]) -> bool:
+    """Whether a kernel takes these steps, with the same results."""
+    served = kind.moments is FP8Moments and kind.weights in (StochasticWeights, FP32Weights)
+    tensors = (tensor for field in batch.stored.values() for tensor in field)
+    return (
+        served
+        and not group["track_health"]
+        and has_adamw(kind.weight, kind.grad)
+        and all(tensor.is_contiguous() for tensor in tensors)
+    )
+
+
+def _step_by_kernel(batch: _Batch, members: list[Member], group: dict[str, Any]) -> None:
+    """`step_rows` for all rows of each parameter."""
+    hyper, size = Hyper.of(group), group["block_size"]
+    levels = m_levels(batch.keys.device)
+    rates = [hyper.lr if member.rate is None else member.rate for member in members]
+    each = zip(batch.places, batch.grads, zip(*batch.stored.values(), strict=True), rates, strict=True)
+    for i, (place, grad, (weight, *moments), lr) in enumerate(each):
+        adamw(
+            weight,
+            grad.contiguous(),
+            tuple(moments),
+            levels,
+            place.whole_rows(torch.arange(place.shape[0], dtype=torch.int32)),
+            place.first_column,
+            size,
+            Numbers(
+                key=tuple(batch.keys[i].tolist()),
+                step=int(batch.steps[i]),
+                beta1=float(hyper.beta1),
+                rest1=float(1 - hyper.beta1),
+                beta2=float(hyper.beta2),
+                rest2=float(1 - hyper.beta2),
+                eps=float(hyper.eps),
+                shrink=float(1 - lr * hyper.weight_decay),
+                lr=float(lr),
+                sign=-1.0 if hyper.maximize else 1.0,
+                m_correction=float(batch.corrections.m[i]),
+                v_correction=float(batch.corrections.v[i]),
+                max_update=math.inf if hyper.max_update is None else hyper.max_update,
+            ),
+        )
 
 
 def step_rows(
@@ -154,7 +208,7 @@ def _pack(members: list[Member], group: dict[str, Any]) -> _Batch:
     widths = [size if tensors[0].numel() == count else 1 for tensors in stored.values()]
     device = members[0].weight.device
     steps = torch.stack([member.state["step"] for member in members])
-    corrections = (1 - beta ** steps.double().unsqueeze(1) for beta in group["betas"])
+    corrections = (1 / (1 - beta ** steps.double().unsqueeze(1)) for beta in group["betas"])
     return _Batch(
         places,
         [member.grad.reshape(shape) for member, shape in zip(members, shapes, strict=True)],
@@ -165,6 +219,11 @@ def _pack(members: list[Member], group: dict[str, Any]) -> _Batch:
         steps.int(),
         Corrections(*(correction.float() for correction in corrections)),
     )
+
+
+def _chunks(batch: _Batch, device: torch.device) -> tuple[tuple[blocks.Rows, ...], ...]:
+    limit = _CHUNK_ELEMENTS.get(device.type, 1 << 24)
+    return blocks.chunks(tuple(place.shape for place in batch.places), limit)
 
 
 @functools.lru_cache(maxsize=256)
@@ -178,28 +237,24 @@ def _gather(batch: _Batch, rows: tuple[blocks.Rows, ...]) -> list[Tensor]:
     return [blocks.gather(tensors, rows, width) for tensors, width in stored]
 
 
-def _clipped_rates(
-    batch: _Batch, members: list[Member], group: dict[str, Any], chunks: tuple[tuple[blocks.Rows, ...], ...]
-) -> Tensor:
-    """The learning rate of each parameter, fp32 [P, 1], divided by how far its update's RMS exceeds the limit.
+def squared_updates(members: list[Member], group: dict[str, Any]) -> list[Tensor]:
+    """Of each parameter, what this process holds of the sum of g^2 / max(v, eps^2): fp64 scalars; see `step.py`.
 
-    A pass of its own over gradients and moments: the RMS is of the whole parameter and is needed before its first block
-    is stepped.
+    Args:
+        members: From `alike`, their steps counted.
+        group: The options of their parameter group.
     """
-    kind, hyper = members[0].moments, Hyper.of(group)
+    batch, kind, hyper = _pack(members, group), members[0].moments, Hyper.of(group)
     sums: list[list[Tensor]] = [[] for _ in members]
-    size = group["block_size"]
-    for rows in chunks:
-        owner = shards.positions(rows, batch.places, size, batch.keys.device)[0]
+    size, device = group["block_size"], batch.keys.device
+    for rows in _chunks(batch, device):
+        owner = shards.positions(rows, batch.places, size, device)[0]
         corrections = Corrections(*(correction[owner] for correction in batch.corrections))
         stored = _gather(batch, rows)[-len(kind._fields) :]
         grads = blocks.gather(batch.grads, rows, size)
-        squares = squared_update_size(grads, kind(*stored), corrections, hyper)
+        squares = squared_update_size(grads, kind(*stored), corrections, hyper).double()
         counts = [(stop - start) * blocks.blocks_per_row(batch.places[i].shape[1], size) for i, start, stop in rows]
         # Sums of slices, not an indexed addition, whose order differs from run to run on a GPU.
         for (index, _, _), part in zip(rows, squares.split(counts), strict=True):
             sums[index].append(part.sum())
-    means = [torch.stack(parts).sum() / member.weight.numel() for parts, member in zip(sums, members, strict=True)]
-    excess = torch.stack(means).sqrt().unsqueeze(1) / group["clip_update_rms"]
-    rates: Tensor = hyper.lr / excess.clamp_min(1)
-    return rates
+    return [torch.stack(parts).sum() for parts in sums]

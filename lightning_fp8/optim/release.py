@@ -10,7 +10,9 @@ the result is that of `optimizer.step()`, bit for bit, because a parameter's ste
 
 What needs all gradients at once cannot work and is refused: accumulation over several backward passes, norm clipping,
 DDP (its all-reduce comes after the hooks, so replicas would drift apart). FSDP2 works: its hooks come after the
-reduction. A non-finite gradient is met a parameter at a time. Enable it after the model has been wrapped or sharded.
+reduction. A gradient that is not finite skips the step of its parameter alone, on every process that has a shard of
+it; agreeing on that takes a collective operation on a scalar for each sharded parameter. Enable it after the model has
+been wrapped or sharded.
 """
 
 from typing import Any, Protocol
@@ -107,7 +109,7 @@ def enable_gradient_release(model: nn.Module, optimizer: StepsParameters) -> Gra
 
     Args:
         model: Wrapped or sharded already, where it will be.
-        optimizer: `FP8AdamW`. Parameters of it that are not the model's are stepped by `step()`.
+        optimizer: `FP8AdamW` or `FP8Optimizer`. Parameters of it that are not the model's are stepped by `step()`.
 
     Returns:
         A handle, also found as `optimizer.gradient_release`; `remove()` undoes the release. A copied or unpickled

@@ -11,13 +11,13 @@ matches for every cut along rows, even or not; along columns it does where no bl
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, zeros
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, zeros
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from lightning_fp8.optim import blocks
@@ -108,6 +108,32 @@ def local_gradient(p: Tensor) -> Tensor:
         with torch.no_grad():  # replicated weights under sequence parallelism have partial gradients
             return local_part(grad.redistribute(placements=p.placements))
     return local_part(grad)
+
+
+def true_everywhere(flag: Tensor, params: Iterable[Tensor]) -> Tensor:
+    """Whether a bool scalar is true on every process that holds a part, or a copy, of any of `params`.
+
+    A collective operation for each mesh that they are on; the host does not wait for it.
+    """
+    for mesh in dict.fromkeys(p.device_mesh for p in params if isinstance(p, DTensor)):
+        each = DTensor.from_local(flag.int(), mesh, [Partial("min")] * mesh.ndim)
+        flag = each.full_tensor().bool().to(flag.device)
+    return flag
+
+
+def sums_over_shards(parts: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
+    """Of each of `params` the sum of a scalar over its shards, of which this process has one part: collective."""
+    kinds: dict[tuple[DeviceMesh, tuple[Placement, ...]], list[int]] = {}
+    for number, p in enumerate(params):
+        if isinstance(p, DTensor):
+            kinds.setdefault((p.device_mesh, p.placements), []).append(number)
+    sums = list(parts)
+    for (mesh, placements), numbers in kinds.items():
+        summed = [Replicate() if placement.is_replicate() else Partial() for placement in placements]
+        own = DTensor.from_local(torch.stack([parts[number] for number in numbers]), mesh, summed)
+        for number, total in zip(numbers, own.full_tensor().unbind(), strict=True):
+            sums[number] = total.to(parts[number].device)
+    return sums
 
 
 def new_elements(p: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,6 +7,10 @@ unpickled has lost its hooks.
 
 State dicts of either kind load: with integer keys (`state_dict()`) or with names (torch.distributed.checkpoint);
 sharded as the parameters are, otherwise, or not at all.
+
+torch gives a loaded optimizer the hyperparameters that were saved. Those that say how numbers are kept are not among
+them here: that a checkpoint undoes them unseen, or that codes are read as what they are not, is an error when loading
+and not a surprise in the next step.
 """
 
 from collections.abc import Callable
@@ -15,13 +19,28 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_fp8.optim.groups import parameter_name
 from lightning_fp8.optim.shards import cut_alike
 
+KEPT_AS = ("moments", "block_size", "rounding")  # options of a group that say what its state means
+Missing = Callable[[Tensor, dict[str, Any], dict[str, Any]], set[str]]
 
-def load_exactly(optimizer: Optimizer, state_dict: dict[str, Any], load: Callable[[dict[str, Any]], None]) -> None:
+
+def load_exactly(
+    optimizer: Optimizer, state_dict: dict[str, Any], load: Callable[[dict[str, Any]], None], missing: Missing
+) -> None:
     """Loads `state_dict` through `load`, torch's own method, except for the state itself, which is copied.
 
     A hyperparameter that the saved groups lack keeps the optimizer's value.
+
+    Args:
+        optimizer: To load into.
+        state_dict: Of the same class, or what the class takes for it.
+        load: `torch.optim.Optimizer.load_state_dict` of the optimizer.
+        missing: (parameter, its group, its saved state) -> the fields that a step would look for in vain.
+
+    Raises:
+        ValueError: Numbers were kept in another way than the optimizer keeps them, or are not all there.
     """
     saved: dict[str, Any] = {}
 
@@ -29,7 +48,8 @@ def load_exactly(optimizer: Optimizer, state_dict: dict[str, Any], load: Callabl
         saved.update(state_dict)
         known = [{k: v for k, v in group.items() if k in optimizer.defaults} for group in optimizer.param_groups]
         groups = state_dict["param_groups"]
-        if len(groups) == len(known):  # or torch's own error will say so
+        if [len(g["params"]) for g in groups] == [len(g["params"]) for g in optimizer.param_groups]:
+            _check(optimizer, state_dict, missing)  # of other groups torch's own error will tell
             groups = [{**own, **group} for own, group in zip(known, groups, strict=True)]
         return {**state_dict, "state": {}, "param_groups": groups}
 
@@ -49,3 +69,24 @@ def load_exactly(optimizer: Optimizer, state_dict: dict[str, Any], load: Callabl
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _check(optimizer: Optimizer, state_dict: dict[str, Any], missing: Missing) -> None:
+    kind = type(optimizer).__name__
+    for number, (group, saved) in enumerate(zip(optimizer.param_groups, state_dict["param_groups"], strict=True)):
+        differing = [name for name in KEPT_AS if name in saved and saved[name] != group[name]]
+        if differing:
+            there, here = (", ".join(f"{name}={g[name]!r}" for name in differing) for g in (saved, group))
+            raise ValueError(
+                f"{kind}: parameter group {number} was saved with {there}, and this optimizer has {here}. Build it"
+                " with what was saved, or load with lightning_fp8.optim.convert_state(optimizer, state_dict)."
+            )
+        for index, (p, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
+            state = state_dict["state"].get(key)
+            lacking = missing(p, group, state) if state else set()
+            if lacking:
+                raise ValueError(
+                    f"{kind}: the saved state of {parameter_name(group, number, index)!r} lacks"
+                    f" {', '.join(sorted(lacking))}; it has {', '.join(state)}. It is of another optimizer or release:"
+                    " load it there and bring its fp32 state (export_fp32_state, base_state_dict) here."
+                )

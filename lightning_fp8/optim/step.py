@@ -9,18 +9,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_fp8.numerics import elementary
 from lightning_fp8.numerics.moments import FP8Moments
 from lightning_fp8.numerics.moments_absmax import AbsmaxE5M2Moments, AbsmaxMoments
 from lightning_fp8.numerics.moments_coat import CoatMoments
+from lightning_fp8.numerics.moments_fp8lm import FP8LMMoments
 from lightning_fp8.numerics.moments_plain import BF16Moments, FP32Moments
 from lightning_fp8.numerics.weights import Weights
 
-Moments = FP8Moments | AbsmaxMoments | AbsmaxE5M2Moments | CoatMoments | BF16Moments | FP32Moments
+Moments = FP8Moments | AbsmaxMoments | AbsmaxE5M2Moments | CoatMoments | FP8LMMoments | BF16Moments | FP32Moments
 MOMENTS: dict[str, type[Moments]] = {
     "fp8": FP8Moments,
     "e4m3": AbsmaxMoments,
     "e4m3/e5m2": AbsmaxE5M2Moments,
     "coat": CoatMoments,
+    "fp8_lm": FP8LMMoments,
     "bf16": BF16Moments,
     "fp32": FP32Moments,
 }
@@ -53,7 +56,7 @@ class Hyper(NamedTuple):
 
 
 class Corrections(NamedTuple):
-    """What the moments are divided by because they start at zero: 1 - beta^t, fp32 [n, 1], of each block."""
+    """What the moments are multiplied by because they start at zero: 1 / (1 - beta^t), fp32 [n, 1], of each block."""
 
     m: Tensor
     v: Tensor
@@ -101,7 +104,7 @@ def step_blocks(
     m, v = moments.decode()
     m = m * hyper.beta1 + g * (1 - hyper.beta1)
     v = v * hyper.beta2 + g * g * (1 - hyper.beta2)
-    update = (m / corrections.m) / ((v / corrections.v).sqrt() + hyper.eps)
+    update = (m * corrections.m) / (elementary.sqrt(v * corrections.v) + hyper.eps)
     if hyper.max_update is not None:
         update = update.clamp(-hyper.max_update, hyper.max_update)
     exact = weights.decode() * (1 - hyper.lr * hyper.weight_decay) - update * hyper.lr
@@ -117,4 +120,4 @@ def squared_update_size(grad: Tensor, moments: Moments, corrections: Corrections
     squared = grad.float().square()
     v = moments.decode()[1] * hyper.beta2 + squared * (1 - hyper.beta2)
     floor = max(float(hyper.eps) ** 2, torch.finfo(torch.float32).tiny)
-    return (squared / (v / corrections.v).clamp_min(floor)).sum(dim=1)
+    return (squared / (v * corrections.v).clamp_min(floor)).sum(dim=1)

@@ -1,13 +1,14 @@
 """FP8 state for the optimizers of torch.
 
-`FP8Optimizer(base)` keeps the state of `base` in one byte an element and lets the base class do the arithmetic: rows
-of parameters are expanded to fp32 a bounded chunk at a time, a private instance of the base class steps the chunk as if
-it were a parameter, and what it leaves is rounded and stored again. Because these optimizers are element-wise, the
-chunk may hold rows of many parameters; transient memory does not grow with the model. Muon is not element-wise and
-gets one whole matrix at a time.
+`FP8Optimizer(base)` keeps the state of `base` in one byte an element and lets the base class do the arithmetic, on
+fp32 copies of a bounded chunk of rows at a time (`expanded.py`).
 
 `param_groups` is the list of `base`, the same object, so schedulers and all who read or set hyperparameters may hold
 either. bf16 weights are rounded stochastically, by the same bits as in `FP8AdamW`.
+
+torch's optimizers count steps, and correct their bias, on the host. On a device that the host would have to wait for, a
+step whose gradients are not finite is therefore masked at once and taken back on the host when the next step begins,
+where the flag has long arrived.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,28 +19,24 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_fp8.numerics.rounding import dither, parameter_key, random_bits, row_keys, stochastic_round_bf16
-from lightning_fp8.optim import blocks, shards
-from lightning_fp8.optim.base_step import step_elements, step_matrix
-from lightning_fp8.optim.codecs import REFUSED_OPTIONS, WHOLE_MATRICES, Codec, check_base, codecs_for, codecs_in
+from lightning_fp8.optim import shards
+from lightning_fp8.optim.arguments import check_shared
+from lightning_fp8.optim.codecs import REFUSED_OPTIONS, WHOLE_MATRICES, check_base, codecs_in, incomplete
+from lightning_fp8.optim.expanded import Member, alike, codecs_of, new_state, step_batch, step_nothing
+from lightning_fp8.optim.finite import Arriving, SkippedSteps, free_to_read
 from lightning_fp8.optim.groups import parameter_name
 from lightning_fp8.optim.ledger import Ledger, measure_ledger
 from lightning_fp8.optim.release import GradientRelease
 from lightning_fp8.optim.state import load_exactly
-from lightning_fp8.optim.stored import State, expand, new_stored, scalars_of, store, tensors_of
-
-_CHUNK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 24}  # as in `adamw.py`
-_WHOLE = 1 << 62
+from lightning_fp8.optim.stored import State, expand, scalars_of, store, tensors_of
 
 
-class _Member(NamedTuple):
-    """One parameter of a step, its plain name, and what this process holds of it, as matrices."""
+class _Attempt(NamedTuple):
+    """A step of a parameter that may have been masked: the flag, and what to go back to."""
 
-    p: Tensor
-    name: str
-    place: shards.Place
-    weight: Tensor
-    grad: Tensor
+    finite: Arriving
+    names: set[str]
+    scalars: State
 
 
 class FP8Optimizer(Optimizer):
@@ -54,14 +51,21 @@ class FP8Optimizer(Optimizer):
         block_size: Elements that share scales.
         rounding: How bf16 weights are rounded: "stochastic" or "nearest".
         seed: Of the random bits.
+        max_skipped_steps: Raise when this many steps in a row had gradients that are not finite. Reads the device in
+            each step. None never raises.
 
     Raises:
+        FloatingPointError: See `max_skipped_steps`.
         ValueError: `base` cannot be wrapped, has an option that cannot be had, or an argument is wrong.
 
     Caveats:
         Muon needs whole matrices: no sharded parameters, and transient memory for the largest one. `foreach` is
-        turned off for the private instance, which steps one tensor. Gradients that are not finite do what they do to
-        the base optimizer.
+        turned off for the private instance, which steps one tensor.
+
+        A step in which any gradient holds NaN, inf or a number beyond 2^63, on any process that shares a sharded
+        parameter, is skipped as a whole, as by `FP8AdamW`. On a GPU no step waits for the device, unless
+        `max_skipped_steps` is given; `state` then counts a step that was skipped until the next one begins, or
+        `state_dict()` is called.
     """
 
     gradient_release: GradientRelease | None = None  # set by `enable_gradient_release`
@@ -74,14 +78,22 @@ class FP8Optimizer(Optimizer):
         block_size: int = 128,
         rounding: Literal["stochastic", "nearest"] = "stochastic",
         seed: int = 0,
+        max_skipped_steps: int | None = None,
     ) -> None:
         check_base(base)
-        own = {"moments": moments, "block_size": block_size, "rounding": rounding, "seed": seed}
+        own = {
+            "moments": moments,
+            "block_size": block_size,
+            "rounding": rounding,
+            "seed": seed,
+            "max_skipped_steps": max_skipped_steps,
+        }
         self.base = base
         super().__init__(base.param_groups, {**base.defaults, **own})
         self.param_groups = base.param_groups
         self.state.update({p: state for p, state in base.state.items() if state and state.get("step", 1) != 0})
         base.state.clear()
+        self._begin()
         self._take_over()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -90,11 +102,18 @@ class FP8Optimizer(Optimizer):
         _check_group(self.param_groups[-1], self.base)
 
     def __getstate__(self) -> dict[str, Any]:
+        self._settle(list(self._attempts))
         return {**super().__getstate__(), "base": self.base}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restores what was pickled or copied; counters start anew."""
         super().__setstate__(state)
         self.base.param_groups = self.param_groups  # loading makes a new list
+        self._begin()
+
+    def _begin(self) -> None:
+        self._skips = SkippedSteps("FP8Optimizer")
+        self._attempts: dict[Tensor, _Attempt] = {}
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -114,21 +133,93 @@ class FP8Optimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for number, group in enumerate(self.param_groups):
-            self._step_group(number, range(len(group["params"])))
+        self._step([(number, range(len(group["params"]))) for number, group in enumerate(self.param_groups)])
         return loss
 
     @torch.no_grad()
     def step_parameter(self, group: int, index: int) -> None:
-        """One step for parameter `index` of group number `group`, if it has a gradient: for gradient release."""
-        self._step_group(group, [index])
+        """One step for parameter `index` of group number `group`, if it has a gradient: for gradient release.
+
+        A gradient that is not finite skips the step of this parameter alone.
+        """
+        self._step([(group, [index])])
+
+    def _step(self, chosen: Iterable[tuple[int, Iterable[int]]]) -> None:
+        """Steps the parameters that have a gradient among those `chosen` by group and index, all or none of them."""
+        present = {
+            number: [i for i in indices if self.param_groups[number]["params"][i].grad is not None]
+            for number, indices in chosen
+        }
+        params = [self.param_groups[number]["params"][i] for number, indices in present.items() for i in indices]
+        if not params:
+            return
+        finite = self._skips.finite(
+            params, [shards.local_gradient(p) for p in params], self.defaults["max_skipped_steps"]
+        )
+        known = free_to_read(finite)
+        if known and not finite:
+            return
+        self._settle(params)
+        arriving = None if known else Arriving(finite)
+        for number, indices in present.items():
+            self._step_group(number, indices, None if known else finite, arriving)
+
+    def _step_group(
+        self, number: int, indices: Iterable[int], finite: Tensor | None, arriving: Arriving | None
+    ) -> None:
+        """Steps parameters of a group, which have gradients, unless `finite` says that nothing is to change."""
+        group, members = self.param_groups[number], []
+        for i in indices:
+            p = group["params"][i]
+            state = self.state[p]
+            if not state:
+                state.update(new_state(self.base, p, group))
+            if arriving is not None:
+                scalars = {name: value.clone() for name, value in scalars_of(state).items()}
+                self._attempts[p] = _Attempt(arriving, set(state), scalars)
+            state["step"] += 1
+            member = Member.of(p, parameter_name(group, number, i), state)
+            if member.weight.numel():
+                members.append(member)
+            else:
+                step_nothing(state, self.base, group)
+        for batch in alike(members, self.base):
+            step_batch(batch, self.base, group, finite)
+
+    def _settle(self, params: Iterable[Tensor]) -> None:
+        """Takes back, on the host, the last steps of `params` that were masked on their device."""
+        for attempt, state in [(self._attempts.pop(p), self.state[p]) for p in params if p in self._attempts]:
+            if not attempt.finite.value():
+                for name in state.keys() - attempt.names:
+                    del state[name]
+                state.update(attempt.scalars)
+
+    @property
+    def skip_counts(self) -> Tensor | None:
+        """Steps skipped in all, and since the last one that was not: int64 [2], on the device; None before any."""
+        return self._skips.counts
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps skipped since the optimizer was made or its state loaded; reads the device."""
+        return self._skips.total
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of every torch optimizer, with the stored codes and scales."""
+        self._settle(list(self._attempts))
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict with every code and scale exactly as it was saved; see `state.py`.
 
-        State of the base class, in full precision, is taken over: it is rounded once.
+        State of the base class, in full precision, is taken over: it is rounded once. Hyperparameters become those
+        that were saved, but for `moments`, `block_size` and `rounding`, which must be the same; `convert_state` loads
+        what was kept in another way.
+
+        Raises:
+            ValueError: It is the state of another optimizer, of other such options, or incomplete.
         """
-        load_exactly(self, state_dict, super().load_state_dict)
+        load_exactly(self, state_dict, super().load_state_dict, lambda p, group, state: incomplete(self.base, state))
         self._take_over()
 
     def base_state_dict(self) -> dict[str, Any]:
@@ -153,17 +244,7 @@ class FP8Optimizer(Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.requires_grad and not self.state[p]:
-                    self._allocate(p, group)
-
-    def _allocate(self, p: Tensor, group: dict[str, Any]) -> None:
-        probe = torch.zeros(1, 1, dtype=torch.float32)  # which state there is does not depend on what is stepped
-        after = step_elements(self.base, group, probe, torch.zeros_like(probe), {})
-        codecs = self._codecs(p, group, tensors_of(after))
-        step = {"step": torch.zeros((), dtype=torch.int64)}
-        self.state[p].update(scalars_of(after) | step | new_stored(p, group["block_size"], codecs))
-
-    def _codecs(self, p: Tensor, group: dict[str, Any], keys: Iterable[str]) -> list[Codec]:
-        return codecs_for(self.base, keys, quantized=group["moments"] == "fp8" and blocks.is_matrix(p.shape))
+                    self.state[p].update(new_state(self.base, p, group))
 
     def _take_over(self) -> None:
         """Stores what there is of the base's own state in full precision."""
@@ -172,126 +253,22 @@ class FP8Optimizer(Optimizer):
                 state = self.state.get(p)
                 if not state:
                     continue
-                step = torch.as_tensor(state.get("step", 1.0))  # SGD and Muon count none
-                if step.is_floating_point():  # ours are integers
-                    codecs = self._codecs(p, group, tensors_of(state))
+                counted = state.get("step", 1.0)  # SGD and Muon count none
+                step = torch.as_tensor(counted)
+                if step.is_floating_point() or not isinstance(counted, Tensor):  # ours are tensors of integers
+                    codecs = codecs_of(self.base, p, group, tensors_of(state))
                     stored = store(p, group["block_size"], codecs, state)
                     self.state[p] = {**scalars_of(state), "step": step.to(torch.int64), **stored}
                 # Loading puts scalars where the parameter is; torch's optimizers look for them on the CPU.
                 self.state[p].update({name: value.cpu() for name, value in scalars_of(self.state[p]).items()})
 
-    def _step_group(self, number: int, indices: Iterable[int]) -> None:
-        """Steps those parameters of a group that have a gradient."""
-        group = self.param_groups[number]
-        params = group["params"]
-        batches: dict[Any, list[_Member]] = {}
-        for i in indices:
-            p = params[i]
-            if p.grad is None:
-                continue
-            if not self.state[p]:
-                self._allocate(p, group)
-            self.state[p]["step"] += 1
-            place, weight, grad = shards.place_of(p), shards.local_part(p), shards.local_gradient(p)
-            if weight.numel():
-                name = parameter_name(group, number, i)
-                member = _Member(p, name, place, weight.view(place.shape), grad.reshape(place.shape))
-                batches.setdefault(self._kind(member), []).append(member)
-            else:
-                self._step_nothing(p, group)
-        for batch in batches.values():
-            self._step_batch(batch, group)
-
-    def _step_nothing(self, p: Tensor, group: dict[str, Any]) -> None:
-        """Steps the scalars of a parameter of which this process holds no element, as other processes step them."""
-        state, probe = self.state[p], torch.zeros(1, 1, dtype=torch.float32)
-        before = _scalars_before(state)
-        if before:
-            keys = [key for codec in codecs_in(self.base, tensors_of(state)) for key in codec.keys]
-            before |= {key: torch.zeros_like(probe) for key in keys}
-        state.update(_own_scalars(step_elements(self.base, group, probe, torch.zeros_like(probe), before)))
-
-    def _kind(self, member: _Member) -> Any:
-        """What parameters have in common that are stepped as one."""
-        state = self.state[member.p]
-        numbers = tuple((name, value.item()) for name, value in scalars_of(state).items())
-        alone = id(member.p) if isinstance(self.base, WHOLE_MATRICES) else None
-        return member.weight.device, member.weight.dtype, member.grad.dtype, tuple(state), numbers, alone
-
-    def _step_batch(self, batch: list[_Member], group: dict[str, Any]) -> None:
-        """Steps parameters of one kind, a bounded chunk of their rows at a time."""
-        size, p, state = group["block_size"], batch[0].p, self.state[batch[0].p]
-        places = [member.place for member in batch]
-        weights, grads = [member.weight for member in batch], [member.grad for member in batch]
-        device, dtype, whole = weights[0].device, weights[0].dtype, isinstance(self.base, WHOLE_MATRICES)
-        keys = torch.tensor([parameter_key(group["seed"], m.name) for m in batch], dtype=torch.int32).to(device)
-        count = state["step"].to(device, torch.int32)
-        lanes = torch.arange(size, dtype=torch.int32, device=device)
-        scalars = _scalars_before(state)
-        known = codecs_in(self.base, tensors_of(state)) if scalars else []
-        after: dict[str, Tensor] = {}
-        views = {name: self._views(batch, name) for name in tensors_of(state)}
-        limit = _WHOLE if whole else _CHUNK_ELEMENTS.get(device.type, 1 << 24)
-        for rows in blocks.chunks(tuple(place.shape for place in places), limit):
-            owner, row, first_column = shards.positions(rows, places, size, device)
-            key, steps, columns = keys[owner], count.expand(len(row)), first_column + lanes
-            weight, grad = (blocks.gather(t, rows, size).float() for t in (weights, grads))
-            before = {name: value.clone() for name, value in scalars.items()}
-            for codec in known:
-                stored = [blocks.gather(views[s.name], rows, 1 if s.per_block else size) for s in codec.stored]
-                before.update(zip(codec.keys, codec.decode(stored), strict=True))
-            if whole:
-                after = step_matrix(self.base, group, weight, grad, before, columns=places[0].shape[1])
-            else:
-                after = step_elements(self.base, group, weight, grad, before)
-            if dtype is torch.bfloat16 and group["rounding"] == "stochastic":
-                weight = stochastic_round_bf16(weight, random_bits(row_keys(key, steps, row), columns))
-            blocks.scatter(weight, weights, rows)
-            uniform = dither(key, steps, row, columns)
-            for codec in self._codecs(p, group, tensors_of(after)):
-                encoded = codec.encode([after[key] for key in codec.keys], uniform)
-                for target, value in zip(codec.stored, encoded, strict=True):
-                    if target.name not in views:  # momentum that was 0 in earlier steps
-                        for member in batch:
-                            self.state[member.p].update(new_stored(member.p, size, [codec]))
-                        views |= {s.name: self._views(batch, s.name) for s in codec.stored}
-                    blocks.scatter(value, views[target.name], rows)
-        for member in batch:
-            self.state[member.p].update(_own_scalars(after))
-
-    def _views(self, batch: list[_Member], name: str) -> list[Tensor]:
-        """What this process holds of one stored tensor of each parameter, as matrices."""
-        return [shards.local_part(self.state[m.p][name]).view(m.place.shape[0], -1) for m in batch]
-
-
-def _scalars_before(state: State) -> State:
-    """The base's scalars before a step that is counted already; none before the first, when the base begins."""
-    return {**scalars_of(state), "step": (state["step"] - 1).float()} if state["step"] > 1 else {}
-
-
-def _own_scalars(after: State) -> State:
-    """The scalars that the base leaves, for one parameter; the step is counted by us."""
-    return {name: value.clone() for name, value in scalars_of(after).items() if name != "step"}
-
 
 def _check_group(group: dict[str, Any], base: Optimizer) -> None:
     """Raises ValueError naming the field, what it is and what it may be."""
-    choices = {"moments": ("fp8", "fp32"), "rounding": ("stochastic", "nearest")}
-    for name, allowed in choices.items():
-        if group[name] not in allowed:
-            raise ValueError(f"FP8Optimizer: {name} {group[name]!r} is not one of {', '.join(allowed)}.")
-    if group["block_size"] < 1:
-        raise ValueError(f"FP8Optimizer: block_size is {group['block_size']}; it must be 1 or more.")
+    check_shared("FP8Optimizer", group, {"moments": ("fp8", "fp32"), "rounding": ("stochastic", "nearest")})
     kind = type(base).__name__
     for name, reason in REFUSED_OPTIONS.items():
         if group.get(name):
             raise ValueError(f"FP8Optimizer cannot wrap {kind} with {name}={group[name]}: {reason}. Leave it out.")
-    for p in group["params"]:
-        if p.dtype not in (torch.bfloat16, torch.float32):
-            raise ValueError(f"FP8Optimizer: a parameter is {p.dtype}; weights must be bfloat16 or float32.")
-        if not p.is_contiguous():
-            raise ValueError(
-                f"FP8Optimizer: a parameter of shape {tuple(p.shape)} is not contiguous; make it so first."
-            )
-        if isinstance(base, WHOLE_MATRICES) and isinstance(p, DTensor):
-            raise ValueError(f"FP8Optimizer: {kind} needs whole matrices and a parameter is sharded; use FP8AdamW.")
+    if isinstance(base, WHOLE_MATRICES) and any(isinstance(p, DTensor) for p in group["params"]):
+        raise ValueError(f"FP8Optimizer: {kind} needs whole matrices and a parameter is sharded; use FP8AdamW.")

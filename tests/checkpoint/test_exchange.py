@@ -100,6 +100,16 @@ def test_what_transformers_saves_is_imported(config: DecoderConfig, tmp_path: Pa
         assert torch.equal(back.state_dict()[name], weight), name
 
 
+def test_the_end_of_a_published_tokenizer_is_not_its_beginning(ckpt: Path, tmp_path: Path) -> None:
+    """Llama 3 lists the token that begins a text first."""
+    file = ckpt.parent.parent / "tokenizer.json"
+    content = json.loads(file.read_text().replace("<|endoftext|>", "<|begin_of_text|>"))
+    content["added_tokens"].append({**content["added_tokens"][0], "id": 299, "content": "<|end_of_text|>"})
+    file.write_text(json.dumps(content))
+    export_checkpoint(str(ckpt), str(tmp_path / "hf"))
+    assert json.loads((tmp_path / "hf/config.json").read_text())["eos_token_id"] == 299
+
+
 def test_the_tokenizer_goes_along(ckpt: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     export_checkpoint(str(ckpt), str(tmp_path / "hf"))
@@ -290,6 +300,9 @@ def test_a_mistake_is_one_line(
 def test_what_no_family_has_is_refused(tmp_path: Path) -> None:
     for config, said in (
         (replace(SHAPE, logit_softcap=30.0), "logit_softcap cannot be exported"),
+        (replace(SHAPE, clipped_softmax=(-0.03, 1.0)), "clipped_softmax cannot be exported"),
+        (replace(SHAPE, attention_sink=True), "attention_sink cannot be exported"),
+        (replace(SHAPE, layer_scale=True), "layer_scale cannot be exported"),
         (replace(SHAPE, mlp_bias=True), "No family of Hugging Face's has qk_norm=True"),
     ):
         path = tmp_path / said[:6] / "checkpoints/last.ckpt"
@@ -297,3 +310,15 @@ def test_what_no_family_has_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=said):
             export_checkpoint(str(path), str(tmp_path / "hf"))
         assert not (tmp_path / "hf").exists()
+
+
+def test_what_changes_training_alone_is_exported_as_the_plain_model(tmp_path: Path) -> None:
+    for name, config in (
+        ("plain", SHAPE),
+        ("trained otherwise", replace(SHAPE, smooth_swiglu=True, z_loss=1e-4, activation_l2=1e-5)),
+    ):
+        save(config, tmp_path / name / "checkpoints/last.ckpt")
+        export_checkpoint(str(tmp_path / name / "checkpoints/last.ckpt"), str(tmp_path / f"{name} hf"))
+    for file in ("config.json", "model.safetensors"):
+        exported = [(tmp_path / f"{name} hf" / file).read_bytes() for name in ("plain", "trained otherwise")]
+        assert exported[0] == exported[1]

@@ -208,3 +208,21 @@ def test_the_fused_path_of_an_encoder_layer_is_reported_and_can_be_turned_off(fa
         encoder(x)
     assert counts == {True: 0, False: 2}
     assert len(gemms) == 2
+
+
+@pytest.mark.parametrize(
+    ("patterns", "kept"),
+    [
+        (("*blocks.0.*", "*blocks.-1.*"), {"body.blocks.0.0", "body.blocks.0.1", "body.blocks.2.0", "body.blocks.2.1"}),
+        (("*blocks.-2.-1",), {"body.blocks.1.1"}),
+        (("*blocks.2.-2",), {"body.blocks.2.0"}),
+        (("*blocks.-3.1",), {"body.blocks.0.1"}),
+        (("*blocks.-4.*", "*blocks.3.*"), set()),
+    ],
+)
+def test_blocks_count_from_the_end_too(patterns, kept):
+    blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)) for _ in range(3))
+    model = nn.ModuleDict({"body": nn.ModuleDict({"blocks": blocks})})
+    report = convert_linears(model, keep_high_precision=patterns)
+    assert set(report.kept) == kept
+    assert len(report.converted) == 6 - len(kept)

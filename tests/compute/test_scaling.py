@@ -3,6 +3,7 @@ import dataclasses
 
 import pytest
 import torch
+from ranks import spawn
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -147,10 +148,9 @@ def test_nothing_is_read_back_to_the_host():
     assert not [name for name in seen.names if any(f"aten.{read}" in name for read in reads)]
 
 
-def _rank(rank, path):
+def _on_a_rank(folder):
     """One of two processes: each sees other magnitudes; all ranks must come to the same scales."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2)
+    rank = torch.distributed.get_rank()
     calls, all_reduce = [], torch.distributed.all_reduce
 
     def counted(*args, **kwargs):
@@ -166,14 +166,13 @@ def _rank(rank, path):
     end_step(model)
     states = [layer.fp8_scales for layer in model]
     torch.save(
-        {"calls": len(calls), "amax": largest(x), "states": [dataclasses.asdict(s) for s in states]}, f"{path}/{rank}"
+        {"calls": len(calls), "amax": largest(x), "states": [dataclasses.asdict(s) for s in states]}, folder / str(rank)
     )
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 def test_ranks_agree_on_the_largest_magnitude_in_one_reduction(tmp_path):
-    torch.multiprocessing.spawn(_rank, args=(str(tmp_path),), nprocs=2)
+    spawn(_on_a_rank, 2, tmp_path)
     first, second = (torch.load(tmp_path / str(rank), weights_only=True) for rank in (0, 1))
     assert first["calls"] == second["calls"] == 1
     assert first["amax"] != second["amax"]

@@ -3,9 +3,11 @@ import random
 
 import pytest
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers
 
 from lightning_fp8.data import END_OF_TEXT, load_tokenizer, token_bytes, train_tokenizer
+from lightning_fp8.data.tokenizer import ENDS_OF_TEXT, end_of_text, read_tokenizer
+from lightning_fp8.models.text_stream import TextStream
 
 TEXTS = [
     "def add(a, b):\n\treturn a + b\n" * 20,
@@ -72,10 +74,39 @@ def test_load_errors(tokenizer: Tokenizer, tmp_path) -> None:
     with pytest.raises(ValueError, match="is not a tokenizer file"):
         load_tokenizer(path)
     content = json.loads(tokenizer.to_str())
-    path.write_text(json.dumps(content).replace(END_OF_TEXT, "<eos>"))
-    with pytest.raises(ValueError, match="has no <|endoftext|>".replace("|", r"\|")):
+    path.write_text(json.dumps(content).replace(END_OF_TEXT, "<end>"))
+    with pytest.raises(ValueError, match=r"no end of text \(<\|endoftext\|>, .*<eos>\)"):
         load_tokenizer(path)
     content["model"]["vocab"]["\u2581word"] = 320
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="not byte-level"):
+        load_tokenizer(path)
+
+
+@pytest.mark.parametrize("name", ENDS_OF_TEXT)
+def test_the_end_of_text_may_have_the_name_that_published_tokenizers_give_it(
+    name: str, tokenizer: Tokenizer, tmp_path
+) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(tokenizer.to_str().replace(END_OF_TEXT, name))
+    loaded = load_tokenizer(path)
+    assert loaded.decode([end_of_text(loaded)], skip_special_tokens=False) == name
+    assert loaded.encode(name).ids != [end_of_text(loaded)]
+
+
+def test_a_tokenizer_that_is_not_byte_level_can_be_read(tmp_path) -> None:
+    """Such as Llama 2's: spaces are underlined, and unknown characters are spelt in bytes."""
+    vocabulary = {"</s>": 0, "\u2581": 1, "a": 2, "\u2581a": 3, **{f"<0x{byte:02X}>": 4 + byte for byte in range(256)}}
+    words = Tokenizer(models.BPE(vocabulary, [("\u2581", "a")], byte_fallback=True, fuse_unk=True))
+    words.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    words.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    words.add_special_tokens(["</s>"])
+    words.save(str(path := tmp_path / "tokenizer.json"))
+    read = read_tokenizer(path)
+    ids = read.encode("a a\u00e9 a").ids
+    stream = TextStream(read.decode, ids[:1])
+    assert "".join(map(stream.push, ids[1:])) + stream.flush() == " a\u00e9 a"
+    with pytest.raises(ValueError, match="byte-level"):
         load_tokenizer(path)

@@ -18,6 +18,9 @@ SHAPES = {
     "windows": replace(BASE, sliding_window=5, num_full_attention_layers=1),
     "yarn": replace(BASE, rope_scaling=RopeScaling("yarn", 4.0, original_context=16), qk_norm=False),
     "soft-caps": replace(BASE, attention_softcap=5.0, logit_softcap=9.0),
+    "sink": replace(BASE, attention_sink=True, sliding_window=5, num_full_attention_layers=1),
+    "sink, soft-cap, clip": replace(BASE, attention_sink=True, attention_softcap=5.0, clipped_softmax=(-0.03, 1.1)),
+    "layer scale, smooth": replace(BASE, layer_scale=True, smooth_swiglu=True),
 }
 TOKENS = torch.randint(BASE.vocab_size, (3, 24), generator=torch.Generator().manual_seed(0))
 
@@ -25,6 +28,9 @@ TOKENS = torch.randint(BASE.vocab_size, (3, 24), generator=torch.Generator().man
 def decoder_of(config: DecoderConfig = BASE) -> Decoder:
     torch.manual_seed(0)
     decoder = Decoder(replace(config, init_std=0.3))
+    for p in decoder.parameters():
+        if not p.any():  # sinks and LayerScales, which start at zero
+            torch.nn.init.uniform_(p, 0.5, 2.0)
     return decoder.requires_grad_(False)
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from lightning_fp8.models import Decoder, DecoderConfig
-from lightning_fp8.models.attention import soft_capped_attention
 from lightning_fp8.models.config import RopeScaling, config_from_dict, differences
 from lightning_fp8.models.rope import rotary_tables, rotate
+from lightning_fp8.models.scores import Attended, explicit_attention
 
 SMALL = DecoderConfig(vocab_size=97, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=48)
 OLD_FIELDS = {  # what checkpoints held before the other fields came
@@ -27,6 +27,10 @@ VARIANTS = {
     "biases": replace(SMALL, qkv_bias=True, o_bias=True, mlp_bias=True),
     "windows": replace(SMALL, sliding_window=20, num_full_attention_layers=1),
     "soft-caps": replace(SMALL, attention_softcap=20.0, logit_softcap=30.0),
+    "clipped": replace(SMALL, clipped_softmax=(-0.03, 1.0)),
+    "sink": replace(SMALL, attention_sink=True),
+    "smooth": replace(SMALL, smooth_swiglu=True),
+    "penalties": replace(SMALL, z_loss=1e-4, activation_l2=1e-5),
 }
 
 
@@ -193,7 +197,7 @@ def test_soft_caps_are_those_of_the_formula() -> None:
 
 def test_attention_soft_cap_by_hand() -> None:
     q, k, v = torch.randn(3, 1, 2, 5, 4, generator=torch.Generator().manual_seed(3)).mul(3)
-    out = soft_capped_attention(q, k[:, :1], v[:, :1], None, softcap=2.0)
+    out = explicit_attention(Attended(q, k[:, :1], v[:, :1], None), 0.5, softcap=2.0)
     for head in range(2):
         for t in range(5):
             scores = torch.stack([2 * torch.tanh(q[0, head, t] @ k[0, 0, u] / 2 / 2) for u in range(t + 1)])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_fp8.numerics.formats import E4M3, e8m0_value
-from lightning_fp8.numerics.moments import FP8Moments, decode_root_v, encode_v
+from lightning_fp8.numerics.moments import FP8Moments, decode_v, encode_v
 from lightning_fp8.numerics.rounding import dither, parameter_key
 
 N, B = 64, 128
@@ -162,7 +162,7 @@ def test_v_far_below_the_largest_is_raised_to_42_octaves_only(hi):
 def test_density_is_the_largest_that_reaches_the_smallest_v(octaves):
     v = torch.linspace(0, -octaves, B, dtype=torch.float64).exp2().float().expand(2, B).contiguous()
     moments = encode(v.sqrt(), v)
-    spanned = (v.double().max() / v.double().min()).log2().clamp_min(2.0**-8)  # more is not worth counting
+    spanned = (v.double().max() / v.double().min()).log2().clamp_min(INTERVALS / 1024.01)  # 1,024 codes are the most
     density = moments.v_density[0].to(torch.int16)
     assert per_octave(density) <= INTERVALS / spanned < per_octave(density + 1)
     assert moments.v_codes.min() >= 1
@@ -182,6 +182,27 @@ def test_the_lattice_of_v_stays_while_the_largest_moves():
         assert same.double().mean() > 0.5
         # Equal but for fp32: a lattice point is one number, however many codes below the largest it is.
         torch.testing.assert_close(second.decode()[1][same], decoded[same], rtol=2.0**-22, atol=0)
+
+
+@pytest.mark.parametrize("random", [0.0, 1 - 2.0**-16])
+@pytest.mark.parametrize("density", range(65))
+def test_what_lies_on_the_lattice_stays_there(density, random):
+    """Every point of every lattice, as a power of two times a residue, is encoded to its code whatever the threshold.
+
+    Points repeat after an octave of the root, two of v. Code 253 is left out: it may be as near to 254 as `_MARGIN`.
+    """
+    k = per_octave(torch.tensor(density)).item()
+    # The largest v is moved along two octaves, so that all residues occur 160 codes and more below it.
+    hi = torch.linspace(0, 2, max(2, round(2 * k / 90)) + 1, dtype=torch.float64).exp2().float().unsqueeze(1) * 1.7e-5
+    codes = torch.arange(1, 253, dtype=torch.uint8).expand(len(hi), -1)
+    codes = torch.cat([codes, torch.full_like(codes[:, :1], 254)], dim=1)
+    densities = torch.full_like(codes[:, :1], density)
+    v = decode_v(codes, hi, densities)
+    v[:, 0] = (hi * 2.0 ** -((INTERVALS - 0.5) / k)).squeeze(1)  # makes sure of the density
+    again, _, found = encode_v(v, torch.full(v.shape, random))
+    same = (found == densities).squeeze(1)
+    assert same.all() if k >= 6 else not same.any()  # below 6 codes an octave are never chosen
+    assert torch.equal(again[same, 1:], codes[same, 1:])
 
 
 @pytest.mark.parametrize("sigma", [0.0, 1.0, 2.0])
@@ -340,13 +361,17 @@ def tracking_error(beta2, *, change="thirtieth", rounding="dithered", seed=0, n=
             size *= 100 ** (-1 / (6 * memory))
         squared = (torch.randn(n, B, generator=gen) * size).square() * (1 - beta2)
         v = v * beta2 + squared
-        decoded = decode_root_v(*stored).square().float() * beta2 + squared
+        decoded = decode_v(*stored) * beta2 + squared
         stored = encode_v(decoded, random)
-    error = (decode_root_v(*stored).square() / v).log2()[:, 1 if change == "zero" else 0 :: 1 + (change == "zero")]
+    error = (decode_v(*stored).double() / v).log2()[:, 1 if change == "zero" else 0 :: 1 + (change == "zero")]
     return error, (-error / 2).exp2().mean()
 
 
-# At beta2 = .999 columns that live beside ones gone to zero end between .098 and .102, by the seed; all else keeps .1.
+# At beta2 = .999 columns that live beside ones gone to zero end between .095 and .103, by the seed; all else keeps .1.
+# Their block then spans 10 octaves, 24 codes each, and a code that carries nothing else from step to step walks by 3.
+# In the mean of 6 seeds: .100; with densities of 4 or 5 mantissa bits, or kept for as long as they fit, .099 to .100;
+# with an eighth more codes than a byte has, .093. A lattice without the block's widest empty interval, which takes two
+# more bytes a block, would bring .021.
 BOUNDS = {("zero", 0.999): 0.105}
 
 
@@ -385,7 +410,7 @@ def test_gradients_with_a_period_meet_no_resonance(period):
         size[::2] = step % period == 0
         squared = (torch.randn(n, B, generator=gen) * size).square() * (1 - beta2)
         v = v * beta2 + squared
-        stored = encode_v(decode_root_v(*stored).square().float() * beta2 + squared, random)
-    error = (decode_root_v(*stored).square() / v).log2()
+        stored = encode_v(decode_v(*stored) * beta2 + squared, random)
+    error = (decode_v(*stored).double() / v).log2()
     assert error.abs().mean() <= 0.1
     assert error.mean().abs() <= 0.02

@@ -139,6 +139,18 @@ def test_accumulation_is_refused():
     loss_of(model, 0).backward()
 
 
+def test_a_gradient_that_is_not_finite_skips_its_parameter_alone():
+    layer = nn.Linear(128, 8, dtype=torch.bfloat16)
+    weight, bias = (p.detach().clone() for p in (layer.weight, layer.bias))
+    optimizer = FP8AdamW(layer.named_parameters(), lr=0.01)
+    enable_gradient_release(layer, optimizer)
+    layer(torch.full((2, 128), float("inf"), dtype=torch.bfloat16)).sum().backward()
+    assert torch.equal(layer.weight, weight)
+    assert not torch.equal(layer.bias, bias)
+    assert optimizer.skipped_steps == 1
+    assert layer.weight.grad is None
+
+
 def test_what_cannot_work_is_refused_before_training():
     model, optimizer, release = built(released=True)
     release.check(model, gradient_clip_val=None, accumulate_grad_batches=1)

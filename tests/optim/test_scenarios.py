@@ -1,193 +1,15 @@
-"""What torch's own tests ask of every optimizer, asked of ours: the cases of its optimizer database that apply."""
+"""What torch's own tests ask of every optimizer, asked of ours."""
 
 import copy
-import inspect
 import math
 
 import pytest
 import torch
+from scenarios import every_optimizer, parameters, same, set_grads, train
 from torch import nn, optim
-from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from lightning_fp8.optim import FP8AdamW, FP8Optimizer, wrapper
-
-OURS = {
-    "FP8AdamW": lambda params, **o: FP8AdamW(params, **{"lr": 0.01, **o}),
-    "AdamW": lambda params, **o: FP8Optimizer(optim.AdamW(params, **{"lr": 0.01, **o})),
-    "SGD": lambda params, **o: FP8Optimizer(optim.SGD(params, **{"lr": 0.01, "momentum": 0.9, **o})),
-}
-every_optimizer = pytest.mark.parametrize("make", OURS.values(), ids=OURS)
-
-
-def parameters(seed=0, dtype=torch.float32):
-    gen = torch.Generator().manual_seed(seed)
-    return [
-        nn.Parameter(torch.randn(s, generator=gen, dtype=torch.float32).to(dtype)) for s in ((8, 200), (4, 64), (7,))
-    ]
-
-
-def set_grads(params, step=0):
-    for i, p in enumerate(params):
-        gen = torch.Generator().manual_seed(100 * step + i)
-        p.grad = torch.randn(p.shape, generator=gen, dtype=torch.float32).to(p.dtype)
-
-
-def train(optimizer, params, steps=3):
-    for step in range(steps):
-        set_grads(params, step)
-        optimizer.step()
-
-
-def same(params, others):
-    return all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
-
-
-TENSOR_LR = {"lr": torch.tensor(0.001)}
-CONFIGURATIONS = {  # those of torch.testing._internal.common_optimizers for CPUs, less what is refused by name
-    optim.Adam: [
-        {"lr": 0.01},
-        {"weight_decay": 0.1},
-        {"weight_decay": 0.1, "maximize": True},
-        TENSOR_LR,
-        {"lr": torch.tensor(0.001), "betas": (torch.tensor(0.9), torch.tensor(0.99))},
-    ],
-    optim.AdamW: [{"lr": 0.01}, {"weight_decay": 0.1}, {"weight_decay": 0.1, "maximize": True}, TENSOR_LR],
-    optim.NAdam: [
-        {"lr": 1e-3},
-        {"momentum_decay": 6e-3},
-        {"weight_decay": 0.1},
-        {"weight_decay": 0.1, "momentum_decay": 6e-3},
-        {"weight_decay": 0.1, "momentum_decay": 6e-3, "decoupled_weight_decay": True},
-    ],
-    optim.RAdam: [
-        {"lr": 2e-3},
-        {"eps": 1e-6},
-        {"weight_decay": 0.1},
-        {"weight_decay": 0.1, "decoupled_weight_decay": True},
-        {"weight_decay": 0.1, "maximize": True},
-    ],
-    optim.Adamax: [{"lr": 0.1}, {"weight_decay": 0.1}, {"maximize": True}, {"weight_decay": 0.1, "maximize": True}],
-    optim.Adagrad: [
-        {"lr": 0.1},
-        {"weight_decay": 0.1},
-        {"weight_decay": 0.1, "maximize": True},
-        {"initial_accumulator_value": 0.1, "weight_decay": 0.1},
-        {"lr": 0.1, "lr_decay": 0.5, "weight_decay": 0.1},
-        TENSOR_LR,
-    ],
-    optim.RMSprop: [
-        {"lr": 1e-3},
-        {"weight_decay": 0.1},
-        {"maximize": True},
-        {"maximize": True, "weight_decay": 0.1},
-        {"weight_decay": 0.1, "momentum": 0.1},
-    ],
-    optim.SGD: [
-        {"lr": 1e-2},
-        TENSOR_LR,
-        {"weight_decay": 0.5},
-        {"momentum": 0.9},
-        {"weight_decay": 0.1, "momentum": 0.9, "maximize": True},
-        {"momentum": 0.9, "dampening": 0.5},
-        {"weight_decay": 0.1, "momentum": 0.9, "nesterov": True},
-    ],
-    optim.Muon: [
-        TENSOR_LR,
-        {"weight_decay": 0.2},
-        {"momentum": 0.8},
-        {"ns_steps": 6},
-        {"ns_coefficients": (3.4, -4.7, 2.0)},
-        {"adjust_lr_fn": "match_rms_adamw"},
-    ],
-}
-CASES = [(kind, options) for kind, all_options in CONFIGURATIONS.items() for options in ({}, *all_options)]
-
-
-@pytest.mark.parametrize(("kind", "options"), CASES, ids=[f"{kind.__name__} {options}" for kind, options in CASES])
-def test_every_configuration_of_torch(kind, options):
-    """With fp32 state the result is torch's, bit for bit; with FP8 state it is close and resumable."""
-    used = slice(0, 2) if kind is optim.Muon else slice(None)
-    plain, exact, quantized = (parameters()[used] for _ in range(3))
-    train(kind(plain, **options), plain, 6)
-    train(FP8Optimizer(kind(exact, **options), moments="fp32"), exact, 6)
-    assert same(plain, exact)
-    ours = FP8Optimizer(kind(quantized, **options))
-    train(ours, quantized, 6)
-    for p, q, start in zip(plain, quantized, parameters(), strict=False):
-        assert (p - q).norm() <= 0.055 * (p - start).norm()
-    again = FP8Optimizer(kind(quantized, **options))
-    again.load_state_dict(copy.deepcopy(ours.state_dict()))
-    assert again.state_dict()["param_groups"] == ours.state_dict()["param_groups"]
-
-
-@pytest.mark.parametrize("options", [{}, {"lr": 0.01}, {"weight_decay": 0.1}, TENSOR_LR], ids=str)
-def test_fp8_adamw_in_torchs_configurations(options):
-    plain, ours = parameters(), parameters()
-    train(optim.AdamW(plain, **options), plain, 6)
-    train(FP8AdamW(ours, **options), ours, 6)
-    for p, q, start in zip(plain, ours, parameters(), strict=True):
-        assert (p - q).norm() <= 0.055 * (p - start).norm()
-
-
-SCHEDULERS = {
-    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda step: 0.9**step),
-    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda step: 0.9),
-    "StepLR": lambda o: lr_scheduler.StepLR(o, 2),
-    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [1, 3]),
-    "ConstantLR": lambda o: lr_scheduler.ConstantLR(o, 0.5, 3),
-    "LinearLR": lambda o: lr_scheduler.LinearLR(o, 0.1, total_iters=4),
-    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.8),
-    "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, 5, 2.0),
-    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 5),
-    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
-    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.001, 0.01, step_size_up=2),
-    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.01, total_steps=8),
-    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=1),
-    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
-        o, [lr_scheduler.LinearLR(o, 0.1), lr_scheduler.ExponentialLR(o, 0.5)], [3]
-    ),
-    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
-        [lr_scheduler.ConstantLR(o, 0.1, 2), lr_scheduler.ExponentialLR(o, 0.9)]
-    ),
-    "SWALR": lambda o: optim.swa_utils.SWALR(o, 0.05, 3),
-}
-BASES = {"FP8AdamW": optim.AdamW, "AdamW": optim.AdamW, "SGD": lambda p, lr: optim.SGD(p, lr, momentum=0.9)}
-
-
-def test_every_scheduler_of_torch_is_here():
-    public = {
-        name
-        for name, value in vars(lr_scheduler).items()
-        if inspect.isclass(value) and issubclass(value, lr_scheduler.LRScheduler) and not name.startswith("_")
-    }
-    assert public - {"LRScheduler"} <= set(SCHEDULERS)
-
-
-@pytest.mark.parametrize("name", OURS)
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
-@pytest.mark.parametrize("tensor_lr", [False, True])
-def test_schedulers_set_what_they_set_in_torch(name, scheduler, tensor_lr):
-    """Learning rates and cycled betas or momentum are those of torch's optimizer, and the weights follow them."""
-    made = []
-    for make in (BASES[name], OURS[name]):
-        params = parameters()
-        optimizer = make(params, lr=torch.tensor(0.01) if tensor_lr else 0.01)
-        schedule = SCHEDULERS[scheduler](optimizer)
-        seen = []
-        for step in range(7):
-            set_grads(params, step)
-            optimizer.step()
-            schedule.step(*([1.0] if scheduler == "ReduceLROnPlateau" else []))
-            group = optimizer.param_groups[0]
-            seen.append((float(group["lr"]), group.get("betas"), group.get("momentum")))
-        made.append((params, seen, schedule.state_dict()))
-    (plain, expected, _), (ours, seen, state) = made
-    assert seen == expected
-    for p, q, start in zip(plain, ours, parameters(), strict=True):
-        assert (p - q).norm() <= 0.055 * (p - start).norm()
-    other = OURS[name](parameters(), lr=0.01)
-    SCHEDULERS[scheduler](other).load_state_dict(state)
+from lightning_fp8.optim import FP8Optimizer, expanded
 
 
 @every_optimizer
@@ -245,7 +67,7 @@ def test_zero_grad(make, set_to_none):
 @every_optimizer
 def test_hooks_run_once_a_step(make, monkeypatch):
     """Also where the step is made of many steps of chunks."""
-    monkeypatch.setattr(wrapper, "_CHUNK_ELEMENTS", {"cpu": 64})
+    monkeypatch.setattr(expanded, "_CHUNK_ELEMENTS", {"cpu": 64})
     params = parameters()
     optimizer, calls = make(params), []
     handles = [
@@ -382,3 +204,46 @@ def test_it_finds_the_minimum(make):
         optimizer.step(closure)
     assert math.isfinite(distance().item())
     assert distance().item() < 1e-2 * start
+
+
+@every_optimizer
+def test_what_torch_refuses_is_refused(make):
+    """The errors and warnings that torch's database lists for every optimizer."""
+    params = parameters()
+    with pytest.warns(UserWarning, match="a parameter group with duplicate parameters"):
+        make([params[0], params[0]])
+    with pytest.raises(ValueError, match=r"(Tensor lr must be 1-element|lr is a tensor of 2 elements)"):
+        make(params, lr=torch.tensor([0.001, 0.002]))
+    with pytest.raises(ValueError, match="all optimizer params should be with/without names"):
+        make([("p0", params[0]), params[1]])
+    with pytest.raises(ValueError, match="all optimizer param groups should be with/without names"):
+        make([{"params": [params[0]]}, {"params": [("p1", params[1])]}])
+    with pytest.raises(ValueError, match="weights must be bfloat16 or float32"):
+        make([nn.Parameter(torch.ones(2, 64, dtype=torch.complex64))])
+
+
+@pytest.mark.parametrize("step", [3, 3.0, torch.tensor(3.0)])
+def test_steps_may_be_counted_in_python(step):
+    """As in state that older releases of torch have saved."""
+    params, others = parameters(), parameters()
+    adamw = optim.AdamW(params, lr=0.01)
+    train(adamw, params)
+    saved = adamw.state_dict()
+    for state in saved["state"].values():
+        state["step"] = step
+    ours = FP8Optimizer(optim.AdamW(others, lr=0.01))
+    ours.load_state_dict(saved)
+    train(ours, others, 1)
+    assert {int(state["step"]) for state in ours.state.values()} == {4}
+    assert "m_codes" in ours.state[others[0]]
+
+
+@every_optimizer
+def test_gradients_of_zero_change_nothing_before_the_first_others(make):
+    params = parameters()
+    before = [p.detach().clone() for p in params]
+    optimizer = make(params, weight_decay=0.0)
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert same(params, before)

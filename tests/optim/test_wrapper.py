@@ -9,7 +9,7 @@ import torch
 from torch import optim
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_fp8.optim import FP8AdamW, FP8Optimizer, enable_gradient_release, wrapper
+from lightning_fp8.optim import FP8AdamW, FP8Optimizer, enable_gradient_release, expanded
 from lightning_fp8.optim.codecs import CODECS, REFUSED, REFUSED_OPTIONS
 
 SHAPES = {"a": (24, 256), "ragged": (16, 200), "conv": (4, 16, 3, 3), "norm": (96,), "gate": (5, 8), "empty": (0, 128)}
@@ -67,7 +67,7 @@ def assert_same(params, optimizer, others, other):
 @pytest.mark.parametrize("elements", [1000, 10**6])
 def test_with_fp32_state_it_is_the_base_optimizer(base, elements, monkeypatch):
     """Bit for bit, over several chunks and packings, with hyperparameters that change: nothing is added but storage."""
-    monkeypatch.setattr(wrapper, "_CHUNK_ELEMENTS", {"cpu": elements})
+    monkeypatch.setattr(expanded, "_CHUNK_ELEMENTS", {"cpu": elements})
     params, others = parameters(base), parameters(base)
     plain = BASES[base](params.values())
     ours = FP8Optimizer(BASES[base](others.values()), moments="fp32")
@@ -120,7 +120,7 @@ def test_adamw_in_it_is_fp8_adamw_to_fp32_rounding():
 @pytest.mark.parametrize("base", ["AdamW", "SGD momentum", "NAdam"])
 def test_chunks_and_groups_change_nothing(base, monkeypatch):
     expected = wrapped(base)
-    monkeypatch.setattr(wrapper, "_CHUNK_ELEMENTS", {"cpu": 300})
+    monkeypatch.setattr(expanded, "_CHUNK_ELEMENTS", {"cpu": 300})
     assert_same(*expected, *wrapped(base))
     params = parameters(base, torch.bfloat16)
     optimizer = FP8Optimizer(BASES[base]([{"params": [item]} for item in reversed(params.items())]))
@@ -248,7 +248,7 @@ def test_transient_tensors_are_no_larger_than_a_chunk(base):
 
     with Largest() as largest:
         optimizer.step()
-    assert 0 < largest.numel <= 8 * wrapper._CHUNK_ELEMENTS["cpu"]  # fp64 inside the codecs
+    assert 0 < largest.numel <= 8 * expanded._CHUNK_ELEMENTS["cpu"]  # fp64 inside the codecs
 
 
 def test_momentum_may_be_switched_on_late():

@@ -1,6 +1,6 @@
 """Steps whose gradients are not finite are left out, whatever the optimizer.
 
-`FP8AdamW` does so itself, on the device. For others:
+`FP8AdamW` and `FP8Optimizer` do so themselves, on the device. For others:
 
 * A fused torch optimizer takes a flag on the device and leaves weights, moments and step counts as they are where it
   is set (`found_inf`, made for gradient scalers): no host read.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_fp8.optim import FP8AdamW
+from lightning_fp8.optim import FP8AdamW, FP8Optimizer
 from lightning_fp8.optim.finite import all_finite, count_skips
 from lightning_fp8.optim.shards import local_part
 
@@ -37,20 +37,20 @@ class StepSkipper:
                 " backward and leaves out its own (FP8AdamW): set skip_nonfinite: false, or gradient_release: false."
             )
         self._optimizer: Any = optimizer
+        self._skips_itself = isinstance(optimizer, FP8AdamW | FP8Optimizer)
         self._counts: Tensor | None = None
 
     @property
     def counts(self) -> Tensor | None:
         """Steps left out in all, and since the last one that was not: int64 [2] on the device; None before any."""
-        if isinstance(self._optimizer, FP8AdamW):
-            return self._optimizer.skip_counts
-        return self._counts
+        counts: Tensor | None = self._optimizer.skip_counts if self._skips_itself else self._counts
+        return counts
 
     @torch.no_grad()
     def before_step(self) -> None:
         """Looks at the gradients."""
         optimizer = self._optimizer
-        if isinstance(optimizer, FP8AdamW):
+        if self._skips_itself:
             return
         params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not params:
@@ -60,7 +60,8 @@ class StepSkipper:
             agreed = finite.float()
             torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MIN)
             finite = agreed.bool()
-        self._counts = count_skips(self._counts, finite)
+        before = torch.zeros(2, dtype=torch.int64, device=finite.device) if self._counts is None else self._counts
+        self._counts = count_skips(before, finite)
         if getattr(optimizer, "_step_supports_amp_scaling", False) and optimizer.defaults.get("fused"):
             optimizer.found_inf = (~finite).float()
         elif not finite:

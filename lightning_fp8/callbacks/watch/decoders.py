@@ -22,9 +22,10 @@ from lightning_fp8.callbacks.watch.tally import Gauge, Place, Tally
 from lightning_fp8.metrics.attention import AttentionEntropy, AttentionLogitMax, attention_scores
 from lightning_fp8.metrics.log_z import OutputLogZ
 from lightning_fp8.metrics.swiglu import SwiGLUAlignment
-from lightning_fp8.models.attention import Attention, Sight, soft_cap
+from lightning_fp8.models.attention import Attention, Sight
 from lightning_fp8.models.decoder import Decoder, SwiGLU
 from lightning_fp8.models.rope import rotate
+from lightning_fp8.models.scores import soft_cap
 
 QUERIES, ROWS, TOKENS = 64, 4, 256
 
@@ -81,7 +82,9 @@ def _watch_attention(name: str, module: Attention, tally: Tally) -> list[Removab
 
     @torch.no_grad()
     def at_keys(_: nn.Module, args: tuple[Any, ...], k_bkus: Tensor) -> None:
-        tally.add(Place(name, "attention"), _attention(module, sights[0], queries.pop(), k_bkus.detach()))
+        mask = sights[0].masks[module.window]
+        if mask is None or isinstance(mask, Tensor):  # not one that only a compiled kernel can read
+            tally.add(Place(name, "attention"), _attention(module, sights[0], mask, queries.pop(), k_bkus.detach()))
 
     return [
         module.register_forward_pre_hook(before),
@@ -90,8 +93,9 @@ def _watch_attention(name: str, module: Attention, tally: Tally) -> list[Removab
     ]
 
 
-def _attention(module: Attention, sight: Sight, q_bhts: Tensor, k_bkus: Tensor) -> dict[str, Tensor]:
-    mask = sight.masks[module.window]
+def _attention(
+    module: Attention, sight: Sight, mask: Tensor | None, q_bhts: Tensor, k_bkus: Tensor
+) -> dict[str, Tensor]:
     rows, length = slice(ROWS), q_bhts.shape[2]
     picked = torch.arange(0, length, -(-length // QUERIES), device=q_bhts.device)
     if mask is None:

@@ -94,7 +94,7 @@ def draw_layers(readings: Sequence[Reading], path: Path | BytesIO) -> None:
         if not panel.logarithmic:
             axes.locator_params(axis="x", nbins=5)
         if i == 0:
-            figure.legend(loc="upper right", ncols=len(panel.roles), frameon=False, fontsize=9)
+            figure.legend(loc="outside lower center", ncols=len(panel.roles), frameon=False, fontsize=9)
     figure.savefig(path, dpi=110)
 
 

@@ -2,7 +2,8 @@
 
 A backend is a function of two operands, a bias, the dtype of the result and whether sums may be short. "native" is the
 hardware's own, "emulated" runs anywhere; "auto" is native wherever the tensors lie on a device that can do it.
-`record_gemms` lets tests and reports see that FP8 was really used: it notes every FP8 GEMM that ran inside it.
+`record_gemms` lets tests and reports see that FP8 was really used: it notes every FP8 GEMM that ran inside it, those
+of Transformer Engine's layers as well.
 """
 
 import logging
@@ -58,6 +59,17 @@ def record_gemms() -> Iterator[list[GemmRecord]]:
         yield records
     finally:
         _records.remove(records)
+
+
+def recording() -> bool:
+    """Whether FP8 GEMMs are to be noted here and now."""
+    return bool(_records)
+
+
+def note_gemm(record: GemmRecord) -> None:
+    """Tells every `record_gemms` of a GEMM."""
+    for records in _records:
+        records.append(record)
 
 
 @cache
@@ -123,9 +135,7 @@ def fp8_gemm(
     check_product(a, b)
     if backend == "auto":
         backend = "native" if a.codes.is_cuda else "emulated"
-    if _records:
+    if recording():
         (m, k), n = a.codes.shape, b.codes.shape[1]
-        record = GemmRecord(m, k, n, a.codes.dtype, b.codes.dtype, backend)
-        for records in _records:
-            records.append(record)
+        note_gemm(GemmRecord(m, k, n, a.codes.dtype, b.codes.dtype, backend))
     return BACKENDS[backend](a, b, bias, out_dtype, fast_accumulation)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from lightning_fp8.compute.convert import (
     ConversionReport,
     bypassed,
     foreign,
+    matches,
     reason_to_keep,
     restore_linears,
 )
@@ -58,14 +58,15 @@ def convert_to_transformer_engine(
     resolved = resolve_recipe(recipe)
     require_transformer_engine(resolved)
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    matched = matches(module, keep_high_precision)
     report = ConversionReport()
     for name, layer in module.named_modules():
         report.kept.update(bypassed(name, layer))
         if isinstance(layer, nn.RMSNorm | nn.LayerNorm):
-            _convert_norm(name, layer, keep_high_precision)
+            _convert_norm(name, layer, keep=name in matched)
         if not isinstance(layer, nn.Linear):
             continue
-        reason = reason_to_keep(name, layer, keep_high_precision, embeddings) or _too_ragged(layer, resolved)
+        reason = reason_to_keep(layer, matched.get(name), embeddings) or _too_ragged(layer, resolved)
         if keep_slow and not reason:
             reason = slower(layer.in_features, layer.out_features, resolved)
         was_converted = isinstance(layer, ConvertedLinear)
@@ -97,11 +98,11 @@ def _convert_linear(name: str, layer: nn.Linear, recipe: Recipe, cache_weights: 
     converted.te_cache_weights, converted.te_cast_version = cache_weights, None
 
 
-def _convert_norm(name: str, norm: nn.RMSNorm | nn.LayerNorm, patterns: Sequence[str]) -> None:
+def _convert_norm(name: str, norm: nn.RMSNorm | nn.LayerNorm, *, keep: bool) -> None:
     if _is_sharded(norm.weight):
         return
     whole = isinstance(norm.weight, nn.Parameter) and norm.eps is not None and getattr(norm, "bias", norm) is not None
-    if any(fnmatchcase(name, pattern) for pattern in patterns):
+    if keep:
         abandon(norm)
     elif type(norm) in (nn.RMSNorm, nn.LayerNorm) and whole:
         adopt(norm, name)

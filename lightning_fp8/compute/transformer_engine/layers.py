@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_fp8.compute.autocast import fp8_enabled, scales_frozen
+from lightning_fp8.compute.gemm import recording
 from lightning_fp8.compute.recipe import Recipe
+from lightning_fp8.compute.transformer_engine.record import note_gemms
 
 # Name in a saved state -> (key of a module's `fp8_meta`, attribute of what lies there).
 _TENSORS = {
@@ -55,6 +57,7 @@ class ConvertedNorm(Converted):
 class ConvertedLinear(Converted, nn.Linear):
     """A linear layer of Transformer Engine's; FP8 in `transformer_engine_autocast`, high precision elsewhere."""
 
+    fp8: bool
     fp8_meta: dict[str, Any]
     fp8_active: bool
     fp8_fallback: bool
@@ -94,6 +97,8 @@ class ConvertedLinear(Converted, nn.Linear):
     def _te_forward(self, x: Tensor, is_first_microbatch: bool | None) -> Tensor:
         forward: Any = super().forward
         y: Tensor = forward(x, is_first_microbatch=is_first_microbatch)
+        if recording() and self.fp8:  # which is off outside of Transformer Engine's autocast
+            note_gemms(self.te_recipe, x, self.weight, y)
         return y
 
     def _running_amax(self) -> Tensor | None:

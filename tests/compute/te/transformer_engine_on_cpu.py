@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 DTYPES = {"kByte": 0, "kInt32": 2, "kFloat32": 4, "kFloat16": 5, "kBFloat16": 6}
 DTYPES |= {"kFloat8E4M3": 7, "kFloat8E5M2": 8, "kFloat4E2M1": 10}
@@ -77,7 +78,8 @@ def generic_gemm(a: Any, ta: bool, b: Any, tb: bool, *rest: Any, **_: Any) -> tu
     out, _, dtype, bias, _, _, _, grad, _, _, accumulate, split = rest
     gemms.append(Gemm("NT"[ta] + "NT"[tb], sum(hasattr(x, "_scale_inv") for x in (a, b)), split))
     a_values, b_values = _values(a), _values(b)
-    product = (b_values.t() if tb else b_values) @ (a_values.t() if ta else a_values)
+    with _disable_current_modes():  # torch's dispatcher does not see the real ones either
+        product = (b_values.t() if tb else b_values) @ (a_values.t() if ta else a_values)
     lead = b.shape[:-1] if not tb else product.shape[:1]
     product = product.reshape(*lead, product.shape[-1])
     bias_grad = b_values.sum(0).to(bias.dtype) if grad and bias is not None else None
@@ -179,6 +181,10 @@ def install() -> Any:
         return importlib.import_module("transformer_engine.pytorch")
 
 
+def _cpu_for(device: str) -> str:
+    return "cpu" if device == "cuda" else device
+
+
 @contextlib.contextmanager
 def cpu_taken_for_gpu(capability: tuple[int, int] = (10, 0)) -> Iterator[None]:
     """Lets Transformer Engine take the CPU for a GPU. From sm_100 on it keeps no transposed FP8 copies: less to do."""
@@ -193,6 +199,10 @@ def cpu_taken_for_gpu(capability: tuple[int, int] = (10, 0)) -> Iterator[None]:
         device |= {"get_device_properties": lambda *_: properties, "get_device_capability": lambda *_: capability}
         device |= {"is_current_stream_capturing": lambda: False}
         stack.enter_context(mock.patch.multiple(torch.cuda, **device))
+        # What it asks of the GPU's autocast is answered by the CPU's.
+        for name in ("is_autocast_enabled", "get_autocast_dtype"):
+            ask = getattr(torch, name)
+            stack.enter_context(mock.patch.object(torch, name, lambda device="cuda", ask=ask: ask(_cpu_for(device))))
         tensor = {"is_cuda": property(lambda self: True), "cuda": lambda self: self}
         stack.enter_context(mock.patch.multiple(torch.Tensor, **tensor))
         for answer in ("_FP8_SUPPORT", "_MXFP8_SUPPORT", "_FP8_BLOCK_SCALING_SUPPORT"):  # kept for another device

@@ -1,0 +1,42 @@
+"""The compiled step: one graph, and the eager step's bits."""
+
+import pytest
+import torch
+from toy_adamw import assert_same_bits, bits_of, parameters, set_grads
+
+from lightning_fp8.optim import FP8AdamW, packing
+
+
+def compiled_graphs(backend, monkeypatch, **options):
+    """Trains with a compiled step and returns what came of it and the number of its graphs."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph, example):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend(backend)(graph, example)
+
+    step = torch.compile(packing.step_rows, backend=count, dynamic=True, fullgraph=True)
+    monkeypatch.setattr(packing, "_compiled_step", lambda: step)
+    params = parameters()
+    optimizer = FP8AdamW([(name, params[name]) for name in ("a.weight", "b.weight")], compile=True, **options)
+    for step_number in range(4):
+        set_grads(params, step_number)
+        for group in optimizer.param_groups:
+            group["lr"], group["betas"] = 0.01 / (1 + step_number), (0.9, 0.95 + step_number / 100)
+            group["params"][-1].grad = None if step_number == 2 else group["params"][-1].grad  # other shapes
+        optimizer.step()
+    return bits_of({name: params[name] for name in ("a.weight", "b.weight")}, optimizer), len(graphs)
+
+
+@pytest.mark.slow
+def test_one_graph_whatever_changes_between_steps(monkeypatch):
+    assert compiled_graphs("eager", monkeypatch)[1] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rounding", ["stochastic", "correction8"])
+def test_a_compiled_step_is_the_eager_one(rounding, monkeypatch):
+    compiled, graphs = compiled_graphs("inductor", monkeypatch, rounding=rounding)
+    assert graphs <= 2  # the compiler may tell small shapes from large ones
+    assert_same_bits(compiled, compiled_graphs("eager", monkeypatch, rounding=rounding)[0])
