@@ -1,7 +1,9 @@
 """What a run shows: throughput, logs, the health of its layers, the final report."""
 
 from lightning_fp8.callbacks.checkpoint import LastCheckpoint
+from lightning_fp8.callbacks.clipping import AdaptiveClipping
 from lightning_fp8.callbacks.gradients import FP8Gradients
+from lightning_fp8.callbacks.guard import FP8Guard
 from lightning_fp8.callbacks.monitor import FP8Monitor
 from lightning_fp8.callbacks.progress import StepProgress
 from lightning_fp8.callbacks.readings import Figure, Reading
@@ -11,7 +13,9 @@ from lightning_fp8.callbacks.start import StartReport
 from lightning_fp8.callbacks.throughput import Throughput
 
 __all__ = [
+    "AdaptiveClipping",
     "FP8Gradients",
+    "FP8Guard",
     "FP8Monitor",
     "Figure",
     "LastCheckpoint",

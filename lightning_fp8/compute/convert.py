@@ -98,7 +98,7 @@ def _swap(layer: nn.Linear, recipe: Recipe, backend: str, cache_weights: bool) -
         swapped.fp8_scales = DelayedScales.unknown(recipe.history, layer.weight.device) if delayed else None
     swapped.__class__ = FP8Linear
     swapped.fp8_recipe, swapped.fp8_backend, swapped.fp8_cache_weights = recipe, backend, cache_weights
-    swapped.fp8_active = True
+    swapped.fp8_active, swapped.fp8_fallback = True, False
 
 
 def restore_linears(module: nn.Module) -> list[str]:

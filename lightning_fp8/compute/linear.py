@@ -18,7 +18,7 @@ again in backward rather than kept, because a kept FP8 copy would cost another b
 be cached. How casts are shared and cached is told in `casts.py`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -40,7 +40,8 @@ class FP8Linear(nn.Linear):
 
     Input [..., K] and output [..., N] are bf16, fp16 or fp32; under torch.autocast the output has its dtype.
     Create it with `lightning_fp8.convert_linears`. `fp8_active` switches the layer itself, forward and whatever is
-    computed again in backward, where `fp8_autocast` switches a block of code.
+    computed again in backward, where `fp8_autocast` switches a block of code; `fp8_fallback` takes it out of FP8
+    whatever these say.
     """
 
     fp8_recipe: Recipe
@@ -48,10 +49,11 @@ class FP8Linear(nn.Linear):
     fp8_cache_weights: bool
     fp8_scales: DelayedScales | None
     fp8_active: bool
+    fp8_fallback: bool
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns x w^T + b."""
-        if not (self.fp8_active and fp8_enabled()):
+        if self.fp8_fallback or not (self.fp8_active and fp8_enabled()):
             return super().forward(input)
         recipe, scales = self.fp8_recipe, self._move_scales(input.device)
         trained = torch.is_grad_enabled() and self.weight.requires_grad
@@ -116,6 +118,21 @@ def switch(module: nn.Module, *, on: bool) -> None:
     for layer in module.modules():
         if isinstance(layer, FP8Linear | ConvertedLinear):
             layer.fp8_active = on
+
+
+def fall_back(module: nn.Module, layers: Collection[str]) -> None:
+    """Lets the converted layers of `module` with these names, and only them, run in their own dtype.
+
+    `switch`, schedules and `fp8_autocast` act on the other layers as before. A layer that returns to FP8 with delayed
+    scaling takes new scales from its tensors: those it left with are of another time.
+    """
+    for name, layer in module.named_modules():
+        if not isinstance(layer, FP8Linear | ConvertedLinear):
+            continue
+        returns = layer.fp8_fallback and name not in layers
+        if returns and isinstance(layer, FP8Linear) and layer.fp8_scales is not None:
+            layer.fp8_scales = DelayedScales.unknown(layer.fp8_recipe.history, layer.weight.device)
+        layer.fp8_fallback = name in layers
 
 
 class _How(NamedTuple):

@@ -121,7 +121,7 @@ def _cast(layer: FP8Linear | ConvertedLinear, role: Role, x: Tensor) -> Quantize
     if not (rows or columns):
         return None
     make: Callable[..., Any] = shared_cast if role == "input" else cast
-    scales = layer.fp8_scales if layer.fp8_active else None
+    scales = layer.fp8_scales if layer.fp8_active and not layer.fp8_fallback else None
     made = make(x, role, recipe, scales, rows=rows, columns=columns and not rows)
     found: Quantized | None = made.rows if rows else made.columns
     return found
