@@ -28,6 +28,7 @@ DECODER_FILES = (
     "loss",
     "recompute",
     "decoder",
+    "sharding",
     "sampling",
     "generate",
 )
