@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from lightning_fp8.compute.autocast import fp8_enabled, scales_frozen
 from lightning_fp8.compute.casts import cast, forget_casts, shared_cast
+from lightning_fp8.compute.gathered import GatheredWeight
 from lightning_fp8.compute.gemm import fp8_gemm
 from lightning_fp8.compute.recipe import Gemm, Recipe, Role
 from lightning_fp8.compute.scaling import DelayedScales, advance
@@ -40,7 +41,8 @@ class FP8Linear(nn.Linear):
 
     Input [..., K] and output [..., N] are bf16, fp16 or fp32; under torch.autocast the output has its dtype.
     Create it with `lightning_fp8.convert_linears`. `fp8_active` switches the layer itself, forward and whatever is
-    computed again in backward, where `fp8_autocast` switches a block of code.
+    computed again in backward, where `fp8_autocast` switches a block of code. `fp8_weight_amax` is for weights that are
+    gathered in FP8: the magnitude of the whole, None when the optimizer has changed it.
     """
 
     fp8_recipe: Recipe
@@ -48,6 +50,7 @@ class FP8Linear(nn.Linear):
     fp8_cache_weights: bool
     fp8_scales: DelayedScales | None
     fp8_active: bool
+    fp8_weight_amax: Tensor | None
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns x w^T + b."""
@@ -98,6 +101,7 @@ def end_step(module: nn.Module) -> None:
     for layer in module.modules():
         if isinstance(layer, FP8Linear):
             forget_casts(layer.weight)
+            layer.fp8_weight_amax = None
             if layer.fp8_scales is not None:
                 delayed.setdefault((layer.fp8_recipe, layer.fp8_scales.scale.device), []).append(layer.fp8_scales)
         elif isinstance(layer, ConvertedLinear):
@@ -125,8 +129,11 @@ class _How(NamedTuple):
     def cast(self, x: Tensor, role: Role, *, rows: bool = False, columns: bool = False) -> Cast:
         """An operand, cast or found cast; a training step takes note of its amax."""
         kept = role == "input" or (role == "weight" and self.cache_weights)
-        make = shared_cast if kept else cast
-        made = make(x, role, self.recipe, self.scales, rows=rows, columns=columns)
+        if isinstance(x, GatheredWeight):
+            made = x.cast()
+        else:
+            make = shared_cast if kept else cast
+            made = make(x, role, self.recipe, self.scales, rows=rows, columns=columns)
         # The weight is cast again for the GEMM of backward: with the same magnitude as in forward.
         new = rows or role == "grad_output" or not self.recipe.uses_fp8("forward")
         if self.learning and self.scales is not None and made.amax is not None and new:
