@@ -43,6 +43,7 @@ from lightning_fp8.compute.recipe import Recipe, resolve_recipe
 from lightning_fp8.compute.state import fp8_state_dict, load_fp8_state_dict
 from lightning_fp8.compute.transformer_engine.convert import convert_to_transformer_engine, transformer_engine_autocast
 from lightning_fp8.compute.transformer_engine.recipe import require_transformer_engine
+from lightning_fp8.distributed.all_gather import check_gather, gather_in_fp8
 
 Phase = Literal["fp8", "bf16"]
 
@@ -65,6 +66,7 @@ class FabricFP8Precision(FabricPrecision):
         total_steps: Optimizer steps of the run, for `bf16_last_steps`; the Trainer knows them by itself.
         keep_slow: Also keep layers out of FP8 whose sizes are known to be slower in it; see `convert_linears`.
         cache_weights: Keep the weights' FP8 copies while gradients accumulate, a byte or two a parameter.
+        fp8_all_gather: Where FSDP2 shards the model, gather the weights of converted layers as FP8 codes.
 
     Raises:
         ValueError: An argument is not one of those it may be, or the backend cannot run here.
@@ -83,6 +85,7 @@ class FabricFP8Precision(FabricPrecision):
         total_steps: int | None = None,
         keep_slow: bool = False,
         cache_weights: bool = False,
+        fp8_all_gather: bool = False,
     ) -> None:
         if weights not in ("fp32", "bf16"):
             raise ValueError(f"FP8Precision: weights {weights!r} is not one of fp32, bf16.")
@@ -94,6 +97,9 @@ class FabricFP8Precision(FabricPrecision):
                 " more."
             )
         self.recipe = resolve_recipe(recipe)
+        if fp8_all_gather:
+            check_gather(self.recipe, backend, in_bf16=bf16_first_steps + bf16_last_steps > 0 or eval_precision == "bf16")
+        self.fp8_all_gather = fp8_all_gather
         if backend == "transformer_engine":
             require_transformer_engine(self.recipe)
         self.backend = backend if backend == "transformer_engine" else select_backend(backend, self.recipe)
@@ -189,7 +195,7 @@ class FabricFP8Precision(FabricPrecision):
             check_owns_some(self._modules, optimizer)
             self._accept(optimizer)
         result = super().optimizer_step(optimizer, *args, **kwargs)
-        if self.recipe.scaling == "delayed" or self.cache_weights:
+        if self.recipe.scaling == "delayed" or self.cache_weights or self.fp8_all_gather:
             for module in self._modules:
                 end_step(module)
         before = self.phase
@@ -237,6 +243,8 @@ class FabricFP8Precision(FabricPrecision):
             self._switched_to = self.phase
             for module in self._modules:
                 switch(module, on=self.phase == "fp8")
+                if self.fp8_all_gather:  # here, because Fabric shards after the conversion
+                    gather_in_fp8(module)
 
     def _describe_gemms(self) -> str:
         theirs = self.backend == "transformer_engine"
@@ -261,17 +269,7 @@ class FP8Precision(FabricFP8Precision, Precision):
         with self._forward_context(evaluating=True):
             yield
 
-    @contextmanager
-    def test_step_context(self) -> Iterator[None]:
-        """As `eval_precision` says."""
-        with self._forward_context(evaluating=True):
-            yield
-
-    @contextmanager
-    def predict_step_context(self) -> Iterator[None]:
-        """As `eval_precision` says."""
-        with self._forward_context(evaluating=True):
-            yield
+    test_step_context = predict_step_context = val_step_context
 
     def connect(
         self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]

@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "kernels": ("numerics", "hardware"),
     "compute": ("numerics", "hardware", "kernels"),
     "optim": ("numerics", "kernels"),
-    "distributed": ("numerics", "compute"),
+    "distributed": ("numerics", "kernels", "compute"),
     "metrics": ("numerics",),
     "checks": (),
     "precision": ("numerics", "compute", "distributed", "hardware", "checks"),

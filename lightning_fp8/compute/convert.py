@@ -61,7 +61,8 @@ def convert_linears(
             is in `compute/sizes.py`). Off by default, so that a model computes the same everywhere, and because FP8
             saves memory at any size.
         cache_weights: Keep the FP8 copies of the weights until the optimizer steps, a byte a parameter (two where
-            scales are finer than a tensor): faster under gradient accumulation. Call `end_step` after each step.
+            scales are finer than a tensor): faster under gradient accumulation. Call `end_step` after each step. Not
+            of weights that FSDP2 shards.
         backend: "auto", or the name of a GEMM backend.
 
     Returns:

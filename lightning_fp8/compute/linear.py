@@ -59,8 +59,11 @@ class FP8Linear(nn.Linear):
         recipe, scales = self.fp8_recipe, self._move_scales(input.device)
         trained = torch.is_grad_enabled() and self.weight.requires_grad
         learning = torch.is_grad_enabled() and not scales_frozen()
-        # What evaluates may hold other weights for a while, averaged ones say, written past the version counter.
-        how = _How(recipe, self.fp8_backend, scales, self.fp8_cache_weights and torch.is_grad_enabled(), learning)
+        # What evaluates may hold other weights for a while, averaged ones say, written past the version counter. So is
+        # what FSDP2 gathers, into one Parameter again and again; and whole copies are what it is to spare.
+        sharded = getattr(self, "_is_fsdp_managed_module", False)
+        cache_weights = self.fp8_cache_weights and torch.is_grad_enabled() and not sharded
+        how = _How(recipe, self.fp8_backend, scales, cache_weights, learning)
         forward = recipe.uses_fp8("forward")
         x8 = how.cast(input, "input", rows=forward, columns=trained and recipe.uses_fp8("weight_grad"))
         w8 = how.cast(self.weight, "weight", rows=forward)
@@ -133,7 +136,8 @@ class _How(NamedTuple):
             made = x.cast()
         else:
             make = shared_cast if kept else cast
-            made = make(x, role, self.recipe, self.scales, rows=rows, columns=columns)
+            shared = self.recipe.sync_amax and self.learning and role != "weight"
+            made = make(x, role, self.recipe, self.scales, shared, rows=rows, columns=columns)
         # The weight is cast again for the GEMM of backward: with the same magnitude as in forward.
         new = rows or role == "grad_output" or not self.recipe.uses_fp8("forward")
         if self.learning and self.scales is not None and made.amax is not None and new:

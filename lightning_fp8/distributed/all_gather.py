@@ -16,7 +16,7 @@ The protocol is torch's; the idea of gathering in FP8 with precomputed scales is
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -68,6 +68,27 @@ def why_not(recipe: Recipe) -> str | None:
     return f"the {kept[0]} GEMM takes it in high precision" if kept else None
 
 
+def check_gather(recipe: Recipe, backend: str, *, in_bf16: bool) -> None:
+    """Checks that weights can be gathered in FP8 at all.
+
+    Args:
+        recipe: Of the layers.
+        backend: Of the plugin.
+        in_bf16: Whether the layers are to run in high precision at times.
+
+    Raises:
+        ValueError: They cannot.
+    """
+    if backend == "transformer_engine":
+        reason: str | None = "Transformer Engine's layers cast their weights themselves"
+    elif in_bf16:
+        reason = "steps or evaluations in bf16 would use weights that have been through FP8"
+    else:
+        reason = (found := why_not(recipe)) and f"of the weight, {found}"
+    if reason:
+        raise ValueError(f"fp8_all_gather is not possible here: {reason}. Leave it out, or change that.")
+
+
 def _roots(module: nn.Module) -> Iterator[nn.Module]:
     """The outermost modules that `fully_shard` was called with; those inside are gathered in their forward passes."""
     if isinstance(module, FSDPModule):
@@ -83,22 +104,20 @@ class _Gathering:
     def __init__(self, layers: list[FP8Linear]) -> None:
         self.layers = layers
         self.operands = [layer.fp8_recipe.weight for layer in layers]
-        self.measured: list[tuple[Shard, int]] = []
+        self.measured: list[_Version] = []
 
     def __call__(self, root: nn.Module, args: Any) -> None:
-        shards = [self._shard(layer, operand) for layer, operand in zip(self.layers, self.operands, strict=True)]
-        sharded = [(layer, shard) for layer, shard in zip(self.layers, shards, strict=True) if shard is not None]
-        same = len(sharded) == len(self.measured) and all(
-            shard is known and shard._version == version
-            for (_, shard), (known, version) in zip(sharded, self.measured, strict=True)
-        )
-        stale = any(isinstance(layer, FP8Linear) and layer.fp8_weight_amax is None for layer, _ in sharded)
-        if sharded and (stale or not same):
-            _measure([layer for layer, _ in sharded], [shard for _, shard in sharded])
-            self.measured = [(shard, shard._version) for _, shard in sharded]
+        found = [self._version(layer, operand) for layer, operand in zip(self.layers, self.operands, strict=True)]
+        versions = [version for version in found if version is not None]
+        layers = [layer for layer, version in zip(self.layers, found, strict=True) if version is not None]
+        same = len(versions) == len(self.measured) and all(map(_Version.same, versions, self.measured))
+        stale = any(isinstance(layer, FP8Linear) and layer.fp8_weight_amax is None for layer in layers)
+        if layers and (stale or not same):
+            _measure(layers, [version.shard for version in versions])
+            self.measured = versions
 
     @staticmethod
-    def _shard(layer: FP8Linear, operand: Operand) -> "Shard | None":
+    def _version(layer: FP8Linear, operand: Operand) -> "_Version | None":
         """The shard of a layer's weight; None where it is gathered now, as a root stays after an evaluation."""
         weight = layer.weight
         if not isinstance(weight, DTensor):
@@ -108,7 +127,19 @@ class _Gathering:
             local = local.detach().as_subclass(Shard)
             weight._local_tensor = local
         local.operand = operand
-        return local
+        return _Version(local, weight._version, local._version)
+
+
+class _Version(NamedTuple):
+    """A shard, and how often it was written: by way of the DTensor, and by way of its local part."""
+
+    shard: "Shard"
+    whole: int
+    part: int
+
+    def same(self, other: "_Version") -> bool:
+        """Whether nothing was written between the two."""
+        return self.shard is other.shard and self[1:] == other[1:]
 
 
 @torch.no_grad()
