@@ -14,7 +14,7 @@ COMMANDS: dict[Path, list[str]] = {
     **{path: ["fit", "--config", str(path)] for path in sorted(CONFIGS.glob("*.yaml"))},
     **{
         path: ["fit", "--config", str(QUICKSTART), "--config", str(path)]
-        for folder in ("precision", "model", "context")
+        for folder in ("precision", "model", "context", "strategy", "cluster")
         for path in sorted(CONFIGS.glob(f"{folder}/*.yaml"))
     },
     **{path: ["prepare", "--config", str(path)] for path in sorted(CONFIGS.glob("data/*.yaml"))},

@@ -142,6 +142,7 @@ class _Version(NamedTuple):
         return self.shard is other.shard and self[1:] == other[1:]
 
 
+@torch.inference_mode(False)  # the first forward pass may be an evaluation, and what it leaves is used in training
 @torch.no_grad()
 def _measure(layers: list[FP8Linear], shards: list["Shard"]) -> None:
     """Gives every shard the largest magnitude of the whole weight; one all-reduce for all of one mesh."""
@@ -150,7 +151,7 @@ def _measure(layers: list[FP8Linear], shards: list["Shard"]) -> None:
         weight: Any = layer.weight
         meshes.setdefault(weight.device_mesh, []).append(index)
     for mesh, members in meshes.items():
-        largest = torch.zeros(len(members), device=shards[members[0]].device)
+        largest = torch.zeros(len(members), dtype=torch.float32, device=shards[members[0]].device)
         filled = [i for i, member in enumerate(members) if shards[member].numel()]
         if filled:
             found = torch._foreach_norm([shards[members[i]] for i in filled], torch.inf)
@@ -186,6 +187,7 @@ class Shard(Tensor):
         part.__dict__.update(self.__dict__)
         return part
 
+    @torch.inference_mode(False)
     def fsdp_pre_all_gather(
         self,
         mesh: DeviceMesh,
@@ -213,6 +215,7 @@ class Shard(Tensor):
             codes = torch.cat([codes, codes.new_zeros(rows - len(codes), *codes.shape[1:])])
         return (codes,), (scale + amax * 0, amax, operand)
 
+    @torch.inference_mode(False)
     def fsdp_post_all_gather(
         self,
         all_gather_outputs: tuple[Tensor, ...],
