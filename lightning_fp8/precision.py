@@ -98,7 +98,9 @@ class FabricFP8Precision(FabricPrecision):
             )
         self.recipe = resolve_recipe(recipe)
         if fp8_all_gather:
-            check_gather(self.recipe, backend, in_bf16=bf16_first_steps + bf16_last_steps > 0 or eval_precision == "bf16")
+            check_gather(
+                self.recipe, backend, in_bf16=bf16_first_steps + bf16_last_steps > 0 or eval_precision == "bf16"
+            )
         self.fp8_all_gather = fp8_all_gather
         if backend == "transformer_engine":
             require_transformer_engine(self.recipe)

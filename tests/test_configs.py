@@ -45,7 +45,7 @@ def test_every_config_has_a_command() -> None:
 def test_config_parses_to_what_it_says(
     path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "argv", [])  # the verb sets it
+    monkeypatch.setattr(sys, "argv", ["pytest"])  # the verb sets it
     with pytest.raises(SystemExit) as stopped:
         main([*COMMANDS[path], "--print_config"])
     shown = capsys.readouterr()

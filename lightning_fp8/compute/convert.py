@@ -9,7 +9,6 @@ of their linear layers.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import cache
 from typing import Any
 
 from torch import nn
@@ -122,13 +121,17 @@ def _unsharded(cls: type[nn.Module]) -> type[nn.Module]:
     return cls.__mro__[2] if cls.__mro__[1].__name__ == "FSDPModule" else cls
 
 
-@cache
-def _as_sharded(cls: type[nn.Module], new: type[nn.Module]) -> type[nn.Module]:
+_sharded_classes: dict[tuple[Any, Any], Any] = {}
+
+
+def _as_sharded(cls: Any, new: Any) -> Any:
     """`new`, made what `fully_shard` made of `cls`: a class whose parent FSDPModule comes before the layer's own."""
     if _unsharded(cls) is cls:
         return new
-    fsdp_module, attributes = cls.__mro__[1], {"__deepcopy__": cls.__dict__["__deepcopy__"]}
-    return type(f"FSDP{new.__name__}", (fsdp_module, new), attributes)
+    if (cls, new) not in _sharded_classes:
+        attributes = {"__deepcopy__": cls.__dict__["__deepcopy__"]}
+        _sharded_classes[cls, new] = type(f"FSDP{new.__name__}", (cls.__mro__[1], new), attributes)
+    return _sharded_classes[cls, new]
 
 
 def foreign(layer: nn.Linear) -> str | None:

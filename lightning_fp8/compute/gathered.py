@@ -25,19 +25,19 @@ class GatheredWeight(Tensor):
     Attributes:
         codes: float8 [N, K].
         scale: fp32 scalar, the decode scale; not finite if the weight was not.
-        amax: fp32 scalar, the largest magnitude of the weight.
+        largest: fp32 scalar, the largest magnitude of the weight.
     """
 
     codes: Tensor
     scale: Tensor
-    amax: Tensor
+    largest: Tensor
 
     @staticmethod
-    def __new__(cls, codes: Tensor, scale: Tensor, amax: Tensor, dtype: torch.dtype) -> "GatheredWeight":
+    def __new__(cls, codes: Tensor, scale: Tensor, largest: Tensor, dtype: torch.dtype) -> "GatheredWeight":
         """The weight, which requires no gradient yet."""
         make: Any = Tensor._make_wrapper_subclass
         weight: GatheredWeight = make(cls, codes.shape, strides=codes.stride(), dtype=dtype, device=codes.device)
-        weight.codes, weight.scale, weight.amax = codes, scale, amax
+        weight.codes, weight.scale, weight.largest = codes, scale, largest
         return weight
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
@@ -46,7 +46,7 @@ class GatheredWeight(Tensor):
     def cast(self) -> Cast:
         """The weight as an operand, in either layout."""
         one = Quantized(self.codes, self.scale)
-        return Cast(one, one, self.amax)
+        return Cast(one, one, self.largest)
 
     @classmethod
     def __torch_dispatch__(
@@ -55,7 +55,7 @@ class GatheredWeight(Tensor):
         """Keeps the codes in views, and decodes them for anything else."""
         if func in _VIEWS:
             weight: GatheredWeight = args[0]
-            return GatheredWeight(func(weight.codes, *args[1:]), weight.scale, weight.amax, weight.dtype)
+            return GatheredWeight(func(weight.codes, *args[1:]), weight.scale, weight.largest, weight.dtype)
         return func(*tree_map(_decoded, args), **tree_map(_decoded, dict(kwargs or {})))
 
 

@@ -160,7 +160,7 @@ def _measure(layers: list[FP8Linear], shards: list["Shard"]) -> None:
         # Along the last dimension weights are cut; along another, processes hold copies.
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=mesh.get_group(mesh.ndim - 1))
         for member, value in zip(members, largest.unbind(), strict=True):
-            shards[member].amax = layers[member].fp8_weight_amax = value
+            shards[member].largest = layers[member].fp8_weight_amax = value
 
 
 class Shard(Tensor):
@@ -168,13 +168,13 @@ class Shard(Tensor):
 
     Attributes:
         operand: How it is cast.
-        amax: fp32 scalar, the largest magnitude of the whole weight.
+        largest: fp32 scalar, the largest magnitude of the whole weight.
     """
 
     operand: Operand
-    amax: Tensor
+    largest: Tensor
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # operators return plain tensors
+    __torch_function__: Any = torch._C._disabled_torch_function_impl  # operators return plain tensors
 
     # FSDP2 pads uneven parts anew when it finds them in other memory than before; they are to stay shards.
     def new_zeros(self, *args: Any, **kwargs: Any) -> "Shard":
@@ -198,15 +198,13 @@ class Shard(Tensor):
     ) -> tuple[tuple[Tensor], tuple[Tensor, Tensor, Operand]]:
         """The codes of this part, as uint8 with the rows that the largest part has; scale and amax of the whole."""
         operand, dtype = self.operand, mp_policy.param_dtype or self.dtype
-        amax = self.amax.to(dtype).float()  # rounding does not change which is the largest
+        amax = self.largest.to(dtype).float()  # rounding does not change which is the largest
         scale = scale_of(amax, operand.number_format, power_of_two=operand.power_of_two)
         if isinstance(module, FP8Linear) and module.fp8_scales is not None:
             remembered = module.fp8_scales.scale[ROLES.index("weight")]
             scale = torch.where(remembered > 0, remembered, scale)
         part = self.as_subclass(Tensor).to(dtype)
-        made = cast(
-            part, operand.number_format, rows=True, power_of_two=operand.power_of_two, remembered=scale
-        ).rows
+        made = cast(part, operand.number_format, rows=True, power_of_two=operand.power_of_two, remembered=scale).rows
         if made is None:
             raise ValueError("A weight could not be cast.")
         codes = made.codes.view(torch.uint8)
@@ -228,7 +226,7 @@ class Shard(Tensor):
         (gathered,) = all_gather_outputs
         scale, amax, operand = metadata
         if isinstance(out, GatheredWeight):
-            out.scale, out.amax = scale, amax
+            out.scale, out.largest = scale, amax
             return None
         codes = gathered.view(operand.number_format.dtype)
         return GatheredWeight(codes, scale, amax, param_dtype), (gathered,)

@@ -24,6 +24,7 @@ from lightning_fp8.models.config import SHAPING, DecoderConfig, config_from_dict
 from lightning_fp8.models.decoder import Decoder
 from lightning_fp8.models.loss import CHUNK_LOGITS
 from lightning_fp8.models.masks import documents
+from lightning_fp8.models.named_state import by_name
 from lightning_fp8.models.recompute import Recompute
 from lightning_fp8.models.sharding import copy_weights, materialize, mesh_of, shard
 from lightning_fp8.optim import (
@@ -249,8 +250,10 @@ class DecoderLM(LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Stores the config, so that a checkpoint alone is enough to build the model."""
+        """Stores the config, so that a checkpoint alone is enough to build the model; names the optimizer's state."""
         checkpoint[_CONFIG_KEY] = asdict(self.config)
+        if "optimizer_states" in checkpoint:
+            checkpoint["optimizer_states"] = [by_name(state) for state in checkpoint["optimizer_states"]]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Compares the checkpoint's config with this model's.

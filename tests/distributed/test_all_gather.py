@@ -151,7 +151,7 @@ def half_the_bytes_and_one_reduction(mesh):
         optimizer = optimizer_of(model)
         micro_batch(model, 0).backward()
         with Wire() as wire:
-            for step in range(2):
+            for _ in range(2):
                 for part in range(3):
                     micro_batch(model, part).backward()
                 optimizer.step()
@@ -225,11 +225,13 @@ def a_layer_that_was_switched_off_takes_the_decoded_weight(mesh):
         output(model)
         switch_off(model)
         seen = []
-        hook = layer.register_forward_hook(lambda layer, inputs, y, seen=seen: seen.append((inputs[0], layer.weight, y)))
+        hook = layer.register_forward_hook(
+            lambda layer, inputs, y, seen=seen: seen.append((inputs[0], layer.weight, y))
+        )
         with fp8_autocast(enabled=False):
             model(x).float().sum().backward()
         hook.remove()
-        (inputs, used, y), = seen
+        ((inputs, used, y),) = seen
         assert isinstance(used, GatheredWeight)
         assert torch.equal(y, inputs @ decoded.t())
         expected = torch.ones_like(y).t() @ inputs

@@ -3,13 +3,12 @@
 import pytest
 import torch
 import torch.distributed as dist
-from multi import contents, different, fit, whole
+from multi import contents, different, fit
 from ranks import spawn
 from torch.distributed.tensor import DTensor
 
 from lightning_fp8 import FP8Precision, Recipe
-from lightning_fp8.models import DecoderLM
-from lightning_fp8.numerics import E4M3
+from lightning_fp8.compute.recipe import resolve_recipe
 from lightning_fp8.optim import FP8AdamW
 
 SYNCED = Recipe(sync_amax=True)
@@ -99,11 +98,9 @@ def test_an_all_gather_that_cannot_be_is_refused(options, reason):
     ("options", "reason"),
     [
         ({"scaling": "delayed"}, "delayed scaling always does so"),
-        ({"input": {"granularity": "row"}, "weight": {"granularity": "row"}, "grad_output": {"granularity": "row"}}, "here it is input by row"),
+        ({"preset": "rowwise"}, "here it is input by row"),
     ],
 )
 def test_a_shared_amax_is_one_of_whole_tensors(options, reason):
-    from lightning_fp8.compute.recipe import resolve_recipe
-
     with pytest.raises(ValueError, match=reason):
         resolve_recipe({"sync_amax": True, **options})
