@@ -5,7 +5,7 @@ callback that looks at it) gets the values that the codes stand for, in the weig
 those that were cast.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ class GatheredWeight(Tensor):
         weight.codes, weight.scale, weight.largest = codes, scale, largest
         return weight
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"GatheredWeight({tuple(self.shape)}, {self.codes.dtype}, for {self.dtype})"
 
     def cast(self) -> Cast:
@@ -49,14 +49,12 @@ class GatheredWeight(Tensor):
         return Cast(one, one, self.largest)
 
     @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Keeps the codes in views, and decodes them for anything else."""
         if func in _VIEWS:
             weight: GatheredWeight = args[0]
             return GatheredWeight(func(weight.codes, *args[1:]), weight.scale, weight.largest, weight.dtype)
-        return func(*tree_map(_decoded, args), **tree_map(_decoded, dict(kwargs or {})))
+        return func(*tree_map(_decoded, args), **tree_map(_decoded, kwargs or {}))
 
 
 _VIEWS: tuple[Callable[..., Any], ...] = (aten.detach.default, aten.as_strided.default, aten.alias.default)
