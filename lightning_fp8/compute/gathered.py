@@ -49,7 +49,9 @@ class GatheredWeight(Tensor):
         return Cast(one, one, self.largest)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Keeps the codes in views, and decodes them for anything else."""
         if func in _VIEWS:
             weight: GatheredWeight = args[0]
