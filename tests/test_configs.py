@@ -10,11 +10,12 @@ from lightning_fp8.cli.main import main
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 QUICKSTART = CONFIGS / "quickstart.yaml"
+OVERLAYS = ("precision", "model", "context", "memory", "optimizer", "recipes", "stability", "strategy", "cluster")
 COMMANDS: dict[Path, list[str]] = {
     **{path: ["fit", "--config", str(path)] for path in sorted(CONFIGS.glob("*.yaml"))},
     **{
         path: ["fit", "--config", str(QUICKSTART), "--config", str(path)]
-        for folder in ("precision", "model", "context", "memory", "optimizer", "recipes", "stability", "strategy")
+        for folder in OVERLAYS
         for path in sorted(CONFIGS.glob(f"{folder}/*.yaml"))
     },
     **{path: ["prepare", "--config", str(path)] for path in sorted(CONFIGS.glob("data/*.yaml"))},
