@@ -37,6 +37,7 @@ from lightning_fp8.checks import (
     trainer_of,
     warn_of_rounding,
 )
+from lightning_fp8.compute.activations import keep_activations_in_fp8
 from lightning_fp8.compute.autocast import fp8_autocast, frozen_scales
 from lightning_fp8.compute.convert import KEEP_HIGH_PRECISION, ConversionReport, convert_linears
 from lightning_fp8.compute.dtypes import cast_floating, cast_weights, default_dtype
@@ -46,6 +47,7 @@ from lightning_fp8.compute.recipe import Recipe, resolve_recipe
 from lightning_fp8.compute.state import fp8_state_dict, load_fp8_state_dict
 from lightning_fp8.compute.transformer_engine.convert import convert_to_transformer_engine, transformer_engine_autocast
 from lightning_fp8.compute.transformer_engine.recipe import require_transformer_engine
+from lightning_fp8.distributed.all_gather import check_gather, gather_in_fp8
 
 Phase = Literal["fp8", "bf16"]
 
@@ -68,6 +70,9 @@ class FabricFP8Precision(FabricPrecision):
         total_steps: Optimizer steps of the run, for `bf16_last_steps`; the Trainer knows them by itself.
         keep_slow: Also keep layers out of FP8 whose sizes are known to be slower in it; see `convert_linears`.
         cache_weights: Keep the weights' FP8 copies while gradients accumulate, a byte or two a parameter.
+        fp8_activations: Shell patterns of modules that keep what they save for backward in FP8, as ("*mlp", "*norm");
+            see `compute/activations.py`.
+        fp8_all_gather: Where FSDP2 shards the model, gather the weights of converted layers as FP8 codes.
 
     Raises:
         ValueError: An argument is not one of those it may be, or the backend cannot run here.
@@ -86,6 +91,8 @@ class FabricFP8Precision(FabricPrecision):
         total_steps: int | None = None,
         keep_slow: bool = False,
         cache_weights: bool = False,
+        fp8_activations: Sequence[str] = (),
+        fp8_all_gather: bool = False,
     ) -> None:
         if weights not in ("fp32", "bf16"):
             raise ValueError(f"FP8Precision: weights {weights!r} is not one of fp32, bf16.")
@@ -97,6 +104,11 @@ class FabricFP8Precision(FabricPrecision):
                 " more."
             )
         self.recipe = resolve_recipe(recipe)
+        if fp8_all_gather:
+            check_gather(
+                self.recipe, backend, in_bf16=bf16_first_steps + bf16_last_steps > 0 or eval_precision == "bf16"
+            )
+        self.fp8_all_gather = fp8_all_gather
         if backend == "transformer_engine":
             require_transformer_engine(self.recipe)
         self.backend = backend if backend == "transformer_engine" else select_backend(backend, self.recipe)
@@ -108,6 +120,7 @@ class FabricFP8Precision(FabricPrecision):
         self.total_steps = total_steps
         self.keep_slow = keep_slow
         self.cache_weights = cache_weights
+        self.fp8_activations = tuple(fp8_activations)
         self.steps = 0
         self.report = ConversionReport()
         # What Lightning and others should take the compute precision for: linear layers apart, it is this.
@@ -168,6 +181,7 @@ class FabricFP8Precision(FabricPrecision):
                 f"FP8Precision: {type(module).__name__} has no linear layer that can run in FP8"
                 f" ({reasons or 'it has no torch.nn.Linear'}). Remove the plugin, or widen what it may convert."
             )
+        keep_activations_in_fp8(module, self.fp8_activations)
         rank_zero_info(
             f"FP8: {len(self.report.converted)} linear layers converted, {len(self.report.kept)} kept in high"
             f" precision; weights are {self.weights}, GEMMs {self._describe_gemms()}."
@@ -206,7 +220,7 @@ class FabricFP8Precision(FabricPrecision):
             check_owns_some(self._modules, optimizer)
             self._accept(optimizer)
         result = super().optimizer_step(optimizer, *args, **kwargs)
-        if self.recipe.scaling == "delayed" or self.cache_weights:
+        if self.recipe.scaling == "delayed" or self.cache_weights or self.fp8_all_gather:
             end_step_of(trained_layers(self._modules, optimizer, self._optimizers))
         before = self.phase
         self.steps += 1
@@ -253,6 +267,8 @@ class FabricFP8Precision(FabricPrecision):
             self._switched_to = self.phase
             for module in self._modules:
                 switch(module, on=self.phase == "fp8")
+                if self.fp8_all_gather:  # here, because Fabric shards after the conversion
+                    gather_in_fp8(module)
 
     def _describe_gemms(self) -> str:
         theirs = self.backend == "transformer_engine"

@@ -1,5 +1,6 @@
 """Runs a test's function in real processes, over gloo, as ranks of one node that Lightning recognises."""
 
+import faulthandler
 import os
 import time
 from collections.abc import Callable
@@ -37,9 +38,9 @@ def _enter(
     # With LOCAL_RANK set, Lightning starts no processes of its own; a file needs no free port.
     os.environ.update(GLOO_SOCKET_IFNAME="lo", LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(0.8 * seconds)  # a rank that hangs says where
     meeting, timeout = f"file://{folder}/rendezvous", timedelta(seconds=seconds)
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size, timeout=timeout)
-    try:
-        function(folder, *args)
-    finally:
-        dist.destroy_process_group()
+    function(folder, *args)
+    faulthandler.cancel_dump_traceback_later()
+    dist.destroy_process_group()  # not after an error, when the other ranks may wait for this one

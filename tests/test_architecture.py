@@ -31,6 +31,7 @@ DECODER_FILES = (
     "loss",
     "recompute",
     "decoder",
+    "sharding",
     "sampling",
     "generate",
 )
@@ -43,7 +44,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "kernels": ("numerics", "hardware"),
     "compute": ("numerics", "hardware", "kernels"),
     "optim": ("numerics", "kernels"),
-    "distributed": ("numerics", "compute"),
+    "distributed": ("numerics", "kernels", "compute"),
     "metrics": ("numerics",),
     "estimate": ("compute", "hardware", "distributed", "optim", "models"),
     "checks": (),

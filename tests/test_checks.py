@@ -101,6 +101,17 @@ def test_the_trainer_can_keep_slow_layers_out(tmp_path):
         trainer(tmp_path, FP8Precision(keep_slow=True)).fit(Regression(), batches())
 
 
+def test_activations_are_kept_in_fp8_where_asked_for(tmp_path):
+    model = Regression()
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    plugin = FP8Precision(fp8_activations=["net"])
+    trainer(tmp_path, plugin).fit(model, batches())
+    changed = {name for name, module in model.named_modules() if type(module).__bases__[-1] is kinds[name]}
+    assert "net" in changed
+    with pytest.raises(ValueError, match=r"no module's name matches 'nett'"):
+        trainer(tmp_path, FP8Precision(fp8_activations=["nett"])).fit(Regression(), batches())
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -10,11 +10,12 @@ from lightning_fp8.cli.main import main
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 QUICKSTART = CONFIGS / "quickstart.yaml"
+OVERLAYS = ("precision", "model", "context", "memory", "optimizer", "recipes", "stability", "strategy", "cluster")
 COMMANDS: dict[Path, list[str]] = {
     **{path: ["fit", "--config", str(path)] for path in sorted(CONFIGS.glob("*.yaml"))},
     **{
         path: ["fit", "--config", str(QUICKSTART), "--config", str(path)]
-        for folder in ("precision", "model", "context", "optimizer", "strategy")
+        for folder in OVERLAYS
         for path in sorted(CONFIGS.glob(f"{folder}/*.yaml"))
     },
     **{path: ["prepare", "--config", str(path)] for path in sorted(CONFIGS.glob("data/*.yaml"))},
@@ -29,10 +30,10 @@ def differences(wanted: Any, parsed: Any, name: str = "") -> Iterator[str]:
     """Where `parsed` lacks or changes something of `wanted`; it may hold more."""
     if isinstance(wanted, dict) and isinstance(parsed, dict):
         for key, value in wanted.items():
-            if key.endswith("+"):  # appended to the list of the config before
-                key, added = key[:-1], len(value)
-                parsed = {**parsed, key: parsed[key][-added:]}
-            yield from differences(value, parsed.get(key, "nothing"), f"{name}.{key}".strip("."))
+            found = parsed.get(key.removesuffix("+"), "nothing")
+            if key.endswith("+") and isinstance(found, list):  # added to a list of the configuration before
+                found = found[-len(value) :]
+            yield from differences(value, found, f"{name}.{key}".strip("."))
     elif isinstance(wanted, list) and isinstance(parsed, list) and len(wanted) == len(parsed):
         for index, pair in enumerate(zip(wanted, parsed, strict=True)):
             yield from differences(*pair, f"{name}[{index}]")
@@ -105,3 +106,10 @@ def test_missing_comment_is_seen(text: str, missing: list[str]) -> None:
 @pytest.mark.parametrize("parsed", [{"a": 1}, {"a": {"b": [1]}}, {"a": {"b": [1, 3]}}, {"a": {"c": 1}}])
 def test_differences_are_seen(parsed: dict[str, Any]) -> None:
     assert list(differences({"a": {"b": [1, 2]}}, parsed))
+
+
+@pytest.mark.parametrize(
+    ("parsed", "same"), [([0, 1, 2], True), ([1, 2], True), ([1, 2, 0], False), ("nothing", False)]
+)
+def test_what_is_added_to_a_list_comes_last(parsed: Any, same: bool) -> None:
+    assert (not list(differences({"a+": [1, 2]}, {"a": parsed}))) is same

@@ -10,13 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 from states import differences
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 ROOT = Path(__file__).parent.parent
 STEPS = 20
 
 
 def run(*args, cwd):
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # a busy machine makes two threads wait for each other
+    one_thread = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }  # a busy machine makes two threads wait for each other
     result = subprocess.run(
         [sys.executable, *args], cwd=cwd, env=one_thread, capture_output=True, text=True, check=False, timeout=240
     )
@@ -64,6 +69,24 @@ def test_fabric_reaches_the_loss_of_the_command_line(work):
 
     resumed = run(*script[:1], "--steps", str(STEPS), "--warmup", "5", "--resume", cwd=work)
     assert float(re.search(r"validation loss ([\d.]+)", resumed)[1]) == fabric  # the checkpoint is the final state
+
+
+def test_fsdp2_reaches_the_weights_of_the_command_line(work, tmp_path):
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    script, configs = str(ROOT / "examples/fsdp2_pretrain.py"), ROOT / "configs"
+    run(*torchrun, script, "--steps", "6", "--warmup", "2", "--checkpoint", str(tmp_path / "last"), cwd=work)
+    options = ["-c", str(configs / "quickstart.yaml"), "-c", str(configs / "strategy/fsdp2.yaml")]
+    options += ["--trainer.devices=2", "--model.config.vocab_size=1024", "--model.schedule.init_args.warmup_steps=2"]
+    options += ["--trainer.max_steps=6", "--trainer.limit_val_batches=0", f"--trainer.default_root_dir={tmp_path}"]
+    run(*torchrun, "-m", "lightning_fp8", "fit", *options, "--fp8.fp8_all_gather=true", cwd=work)
+    weights = []
+    for folder in ("last", "checkpoints/last.ckpt"):
+        dcp_to_torch_save(tmp_path / folder, tmp_path / "whole.pt")
+        saved = torch.load(tmp_path / "whole.pt")
+        weights.append(saved.get("model") or saved["state_dict"])
+    fabric, trainer = weights
+    assert {f"decoder.{name}" for name in fabric} == set(trainer)
+    assert all(torch.equal(w, trainer[f"decoder.{name}"]) for name, w in fabric.items())
 
 
 COUNTED = """

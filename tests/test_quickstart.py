@@ -164,6 +164,27 @@ def test_the_bf16_twin_runs_without_fp8(work):
     assert summary["bytes_per_param"] == pytest.approx({"weights": 4, "grads": 4, "moments": 8}, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "linears", "moments"),
+    [
+        ("nanotron", 7, 4),  # of three blocks the middle one; fp16 master, m and v of a byte
+        ("fp8_lm", 21, 5),  # the head apart, all; fp16 master, m of a byte and v of two
+    ],
+)
+def test_others_recipes_learn_and_take_their_bytes(work, recipe, linears, moments):
+    config = ROOT / f"configs/recipes/{recipe}.yaml"
+    fit("-c", str(config), "--model.config.num_layers=3", "--model.schedule.init_args.warmup_steps=4", cwd=work)
+    folder = work / f"runs/{recipe}"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["fp8/linears"] == linears
+    per_param = summary["bytes_per_param"]
+    assert per_param["weights"] == per_param["grads"] == 2.0
+    # and 9 bytes of scales a block, of which width 64 fills half; gains and sinks have 8 bytes of moments
+    assert moments + 9 / 128 < per_param["moments"] < moments + 2 * 9 / 128 + 0.03
+    curve = losses(folder)
+    assert float(curve[STEPS - 1]) < float(curve[0]) - 0.5
+
+
 @pytest.mark.parametrize("kill_after", [8, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 5, 13, 17))])
 def test_a_killed_run_continues_exactly(finished, work, tmp_path, kill_after):
     """SIGKILL, then `--ckpt_path last`: every row of the log is that of the uninterrupted run."""

@@ -1,15 +1,16 @@
-"""`loss.png`: the loss of a run over its steps."""
+"""`loss.png`: the loss of a run over its steps; and any other of its figures."""
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 
-def plot_loss(rows: Sequence[dict[str, str]], path: Path) -> None:
+def plot_loss(rows: Sequence[dict[str, str]], path: Path | BytesIO) -> None:
     """Draws training and validation loss of the rows of a `RunLog` into `path`; nothing if there are none."""
     # The object interface without pyplot: no global state, no window system, no effect on the user's own figures.
     from matplotlib.figure import Figure
 
-    train, val = (_series(rows, name) for name in ("train/loss", "val/loss"))
+    train, val = (series(rows, name) for name in ("train/loss", "val/loss"))
     if not train[0] and not val[0]:
         return
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -29,7 +30,25 @@ def plot_loss(rows: Sequence[dict[str, str]], path: Path) -> None:
     figure.savefig(path, dpi=144)
 
 
-def _series(rows: Sequence[dict[str, str]], name: str) -> tuple[list[int], list[float]]:
+def plot_series(rows: Sequence[dict[str, str]], name: str, label: str, path: Path | BytesIO) -> None:
+    """Draws one metric of the rows of a `RunLog` into `path`; nothing if it has no rows."""
+    from matplotlib.figure import Figure
+
+    steps, values = series(rows, name)
+    if not steps:
+        return
+    figure = Figure(figsize=(8, 2.6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(steps, values, ".-", color="tab:blue", linewidth=1, markersize=3)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel(label)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+
+
+def series(rows: Sequence[dict[str, str]], name: str) -> tuple[list[int], list[float]]:
+    """The steps, counted from 1, at which a metric was logged, and its values."""
     points = [(int(row["step"]) + 1, float(row[name])) for row in rows if row.get(name)]
     return [step for step, _ in points], [value for _, value in points]
 

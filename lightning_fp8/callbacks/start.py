@@ -4,14 +4,17 @@ import math
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lightning_fp8.data import TokenDataModule
+from lightning_fp8.estimate import activations
 from lightning_fp8.models import Decoder, DecoderLM
 from lightning_fp8.models.accounting import FlopCounter
+from lightning_fp8.optim.estimate import Mode, estimate
 
 
 class StartReport(Callback):
-    """Prints parameters, tokens, steps, FLOPs and the run's folder."""
+    """Prints parameters, tokens, steps, FLOPs, the estimated memory of a device and the run's folder."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints them; all that is not known is left out."""
@@ -28,6 +31,11 @@ class StartReport(Callback):
             if isinstance(pl_module, DecoderLM):
                 flops = training_flops(pl_module, data.sequence_length)
                 rows["FLOPs"] = f"{flops * tokens:.3g}, {flops:.3g} a token"
+                state, batch = training_bytes(trainer, pl_module, data)
+                rows["memory"] = (
+                    f"about {format_bytes(state + batch)} a device: {format_bytes(state)} of weights, gradients and"
+                    f" moments, {format_bytes(batch)} of activations"
+                )
         rows["run folder"] = trainer.default_root_dir
         for name, value in rows.items():
             print(f"{name:12}{value}")
@@ -36,6 +44,24 @@ class StartReport(Callback):
 def tokens_per_step(trainer: Trainer, data: TokenDataModule) -> int:
     """Tokens that an optimizer step predicts, over all processes."""
     return data.batch_size * data.sequence_length * trainer.world_size * trainer.accumulate_grad_batches
+
+
+def training_bytes(trainer: Trainer, model: DecoderLM, data: TokenDataModule) -> tuple[float, int]:
+    """Bytes of a device, both estimated: of weights, gradients and optimizer state, and of a batch's activations."""
+    with torch.device("meta"):
+        twin = Decoder(model.config)
+    dtype = next(model.parameters()).dtype
+    mode = Mode("this run", dtype, model.optimizer, release=model.gradient_release)
+    sharded = isinstance(trainer.strategy, ModelParallelStrategy)
+    ledger = estimate(twin, mode, ways=trainer.world_size if sharded else 1)
+    recipe = getattr(trainer.precision_plugin, "recipe", None)
+    batch = activations(model.config, data.batch_size, data.sequence_length, recipe, model.activation_checkpointing)
+    return ledger.total_bytes, batch.peak
+
+
+def format_bytes(count: float) -> str:
+    """In GB, or MB where that is less than one."""
+    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
 
 
 def training_flops(model: DecoderLM, sequence_length: int) -> float:

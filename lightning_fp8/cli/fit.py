@@ -33,6 +33,7 @@ _NOISE = (
     r".*isinstance\(treespec, LeafSpec\).*",
     r".*Your `IterableDataset` has `__len__` defined.*",
     r".*does not have many workers.*",
+    r".*It is recommended to use `self.log.*sync_dist=True.*",  # metrics are computed over all processes already
 )
 
 

@@ -18,6 +18,7 @@ VERBS = {
     "generate": ("lightning_fp8.cli.generate", "continue a text from a checkpoint"),
     "import": ("lightning_fp8.cli.exchange", "turn a Hugging Face model into a checkpoint"),
     "export": ("lightning_fp8.cli.exchange", "write a checkpoint as a Hugging Face model"),
+    "report": ("lightning_fp8.cli.report", "write one HTML page of a run"),
     "plan": ("lightning_fp8.cli.plan", "which layers of a configuration run in FP8, and what that gains"),
     "estimate": ("lightning_fp8.cli.estimate", "memory of weights, gradients and optimizer state"),
     "doctor": ("lightning_fp8.cli.doctor", "check this machine and what is installed on it"),

@@ -39,11 +39,12 @@ _RELABELLED = frozenset({"ToCopyBackward0", "TBackward0", "TransposeBackward0", 
 
 
 def keep_activations_in_fp8(module: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Lets modules keep what they save for backward in FP8, in place; idempotent.
+    """Lets modules keep what they save for backward in FP8, in place, and no others.
 
     Args:
         module: Any model.
         patterns: Shell patterns of the names of modules, as ("*mlp", "*_norm"). A module's children are part of it.
+            None undoes it for all.
 
     Returns:
         The names of the modules that were chosen.
@@ -57,17 +58,13 @@ def keep_activations_in_fp8(module: nn.Module, patterns: Sequence[str]) -> list[
             ends = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in parts if name))
             raise ValueError(f"FP8 activations: no module's name matches {pattern!r}; names end in {ends:.120}.")
     chosen = [name for name in parts if any(fnmatchcase(name, pattern) for pattern in patterns)]
-    for name in chosen:
-        if not isinstance(parts[name], _KeepsFP8):
-            parts[name].__class__ = _keeping(type(parts[name]))
-    return chosen
-
-
-def keep_activations(module: nn.Module) -> None:
-    """Undoes `keep_activations_in_fp8`."""
-    for part in module.modules():
-        if isinstance(part, _KeepsFP8):
+    for name, part in parts.items():
+        keeps = isinstance(part, _KeepsFP8)
+        if keeps and name not in chosen:
             part.__class__ = type(part).__bases__[1]
+        elif name in chosen and not keeps:
+            part.__class__ = _keeping(type(part))
+    return chosen
 
 
 class _KeepsFP8:

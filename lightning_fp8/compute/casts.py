@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_fp8.compute.recipe import ROLES, Operand, Recipe, Role
-from lightning_fp8.compute.scaling import DelayedScales
+from lightning_fp8.compute.scaling import DelayedScales, shared_scale
 from lightning_fp8.kernels import Cast
 from lightning_fp8.kernels import cast as cast_matrix
 
@@ -31,7 +31,7 @@ class _Key(NamedTuple):
     offset: int
     layout: tuple[tuple[int, ...], tuple[int, ...]] | None
     operand: Operand
-    delayed: Recipe | None
+    remembering: Recipe | None
 
 
 class _Casts(NamedTuple):
@@ -44,7 +44,16 @@ class _Casts(NamedTuple):
 _known = WeakTensorKeyDictionary()  # Tensor -> _Casts
 
 
-def cast(x: Tensor, role: Role, recipe: Recipe, scales: DelayedScales | None, *, rows: bool, columns: bool) -> Cast:
+def cast(
+    x: Tensor,
+    role: Role,
+    recipe: Recipe,
+    scales: DelayedScales | None,
+    shared: bool = False,
+    *,
+    rows: bool,
+    columns: bool,
+) -> Cast:
     """Casts `x`, seen as a matrix, for GEMMs that sum over its dimension 1 (`rows`), 0 (`columns`) or each of them.
 
     Args:
@@ -52,10 +61,14 @@ def cast(x: Tensor, role: Role, recipe: Recipe, scales: DelayedScales | None, *,
         role: Which operand of the layer it is.
         recipe: How operands are cast.
         scales: The layer's state under delayed scaling.
+        shared: Whether all processes make this cast now, and are to use one scale.
         rows: Whether `Cast.rows` is wanted.
         columns: Whether `Cast.columns` is wanted.
     """
     operand = recipe.operand(role)
+    remembered = None if scales is None else scales.scale[ROLES.index(role)]
+    if shared and (rows or columns):
+        remembered = shared_scale(x, operand)
     return cast_matrix(
         x.reshape(-1, x.shape[-1]),
         operand.number_format,
@@ -63,33 +76,40 @@ def cast(x: Tensor, role: Role, recipe: Recipe, scales: DelayedScales | None, *,
         rows=rows,
         columns=columns,
         power_of_two=operand.power_of_two,
-        remembered=None if scales is None else scales.scale[ROLES.index(role)],
+        remembered=remembered,
     )
 
 
 def shared_cast(
-    x: Tensor, role: Role, recipe: Recipe, scales: DelayedScales | None, *, rows: bool, columns: bool
+    x: Tensor,
+    role: Role,
+    recipe: Recipe,
+    scales: DelayedScales | None,
+    shared: bool = False,
+    *,
+    rows: bool,
+    columns: bool,
 ) -> Cast:
     """As `cast`, or the cast that was made of the very same, unchanged tensor before."""
     if torch.compiler.is_compiling() or x.is_inference() or torch.is_inference_mode_enabled():
         # Inference tensors count no versions, and as casts they could not be saved for the backward of a later pass; a
         # compiled graph shares equal casts by itself.
-        return cast(x, role, recipe, scales, rows=rows, columns=columns)
+        return cast(x, role, recipe, scales, shared, rows=rows, columns=columns)
     base = x._base
     whole = base if base is not None and base.numel() == x.numel() else x
     casts: _Casts | None = _known.get(whole)
     if casts is None or casts.version != x._version:
         casts = _known[whole] = _Casts(x._version, {})
     layout = None if x.is_contiguous() else (x.shape, x.stride())
-    delayed = None if scales is None else recipe
-    key = _Key(x.shape[-1], int(x.storage_offset()), layout, recipe.operand(role), delayed)
+    remembering = recipe if shared or scales is not None else None
+    key = _Key(x.shape[-1], int(x.storage_offset()), layout, recipe.operand(role), remembering)
     step = -1 if scales is None else scales.scale._version
     made_at, made = casts.made.get(key, (step, Cast()))
     if made_at != step:
         made = Cast()
     lacking = {"rows": rows and made.rows is None, "columns": columns and made.columns is None}
     if any(lacking.values()):
-        new = cast(x, role, recipe, scales, **lacking)
+        new = cast(x, role, recipe, scales, shared, **lacking)
         made = Cast(made.rows or new.rows, made.columns or new.columns, new.amax)
         casts.made[key] = step, made
     return made

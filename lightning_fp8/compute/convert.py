@@ -61,7 +61,8 @@ def convert_linears(
             is in `compute/sizes.py`). Off by default, so that a model computes the same everywhere, and because FP8
             saves memory at any size.
         cache_weights: Keep the FP8 copies of the weights until the optimizer steps, a byte a parameter (two where
-            scales are finer than a tensor): faster under gradient accumulation. Call `end_step` after each step.
+            scales are finer than a tensor): faster under gradient accumulation. Call `end_step` after each step. Not
+            of weights that FSDP2 shards.
         backend: "auto", or the name of a GEMM backend.
 
     Returns:
@@ -93,12 +94,13 @@ def convert_linears(
 
 def _swap(layer: nn.Linear, recipe: Recipe, backend: str, cache_weights: bool) -> None:
     swapped: Any = layer
-    if type(layer) is not FP8Linear or swapped.fp8_recipe != recipe:
+    if not isinstance(layer, FP8Linear) or swapped.fp8_recipe != recipe:
         delayed = recipe.scaling == "delayed"
         swapped.fp8_scales = DelayedScales.unknown(recipe.history, layer.weight.device) if delayed else None
-    swapped.__class__ = FP8Linear
+    swapped.__class__ = _as_sharded(type(layer), FP8Linear)
+    swapped.fp8_weight_amax = None
     swapped.fp8_recipe, swapped.fp8_backend, swapped.fp8_cache_weights = recipe, backend, cache_weights
-    swapped.fp8_active = True
+    swapped.fp8_active, swapped.fp8_fallback = True, False
 
 
 def restore_linears(module: nn.Module) -> list[str]:
@@ -107,18 +109,36 @@ def restore_linears(module: nn.Module) -> list[str]:
 
 
 def _restore(layer: nn.Module) -> bool:
-    if type(layer) is not FP8Linear:
+    if not isinstance(layer, FP8Linear):
         return False
     swapped: Any = layer
     for attribute in FP8Linear.__annotations__:
         delattr(swapped, attribute)
-    swapped.__class__ = nn.Linear
+    swapped.__class__ = _as_sharded(type(layer), nn.Linear)
     return True
+
+
+def _unsharded(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class of a layer as it was before `fully_shard` was called with the layer itself."""
+    return cls.__mro__[2] if cls.__mro__[1].__name__ == "FSDPModule" else cls
+
+
+_sharded_classes: dict[tuple[Any, Any], Any] = {}
+
+
+def _as_sharded(cls: Any, new: Any) -> Any:
+    """`new`, made what `fully_shard` made of `cls`: a class whose parent FSDPModule comes before the layer's own."""
+    if _unsharded(cls) is cls:
+        return new
+    if (cls, new) not in _sharded_classes:
+        attributes = {"__deepcopy__": cls.__dict__["__deepcopy__"]}
+        _sharded_classes[cls, new] = type(f"FSDP{new.__name__}", (cls.__mro__[1], new), attributes)
+    return _sharded_classes[cls, new]
 
 
 def foreign(layer: nn.Linear) -> str | None:
     """Why a layer of this class cannot be converted; None if it can."""
-    if type(layer) not in (nn.Linear, FP8Linear):
+    if _unsharded(type(layer)) not in (nn.Linear, FP8Linear):
         return f"is a {type(layer).__name__}, whose own computation would be lost"
     return None
 

@@ -18,7 +18,7 @@ again in backward rather than kept, because a kept FP8 copy would cost another b
 be cached. How casts are shared and cached is told in `casts.py`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from lightning_fp8.compute.autocast import fp8_enabled, scales_frozen
 from lightning_fp8.compute.casts import cast, forget_casts, shared_cast
+from lightning_fp8.compute.gathered import GatheredWeight
 from lightning_fp8.compute.gemm import fp8_gemm
 from lightning_fp8.compute.recipe import Gemm, Recipe, Role
 from lightning_fp8.compute.scaling import DelayedScales, advance
@@ -40,7 +41,9 @@ class FP8Linear(nn.Linear):
 
     Input [..., K] and output [..., N] are bf16, fp16 or fp32; under torch.autocast the output has its dtype.
     Create it with `lightning_fp8.convert_linears`. `fp8_active` switches the layer itself, forward and whatever is
-    computed again in backward, where `fp8_autocast` switches a block of code.
+    computed again in backward, where `fp8_autocast` switches a block of code; `fp8_fallback` takes it out of FP8
+    whatever these say. `fp8_weight_amax` is for weights that are gathered in FP8: the magnitude of the whole, None when
+    the optimizer has changed it.
     """
 
     fp8_recipe: Recipe
@@ -48,16 +51,21 @@ class FP8Linear(nn.Linear):
     fp8_cache_weights: bool
     fp8_scales: DelayedScales | None
     fp8_active: bool
+    fp8_fallback: bool
+    fp8_weight_amax: Tensor | None
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns x w^T + b."""
-        if not (self.fp8_active and fp8_enabled()):
+        if self.fp8_fallback or not (self.fp8_active and fp8_enabled()):
             return super().forward(input)
         recipe, scales = self.fp8_recipe, self._move_scales(input.device)
         trained = torch.is_grad_enabled() and self.weight.requires_grad
         learning = torch.is_grad_enabled() and not scales_frozen()
-        # What evaluates may hold other weights for a while, averaged ones say, written past the version counter.
-        how = _How(recipe, self.fp8_backend, scales, self.fp8_cache_weights and torch.is_grad_enabled(), learning)
+        # What evaluates may hold other weights for a while, averaged ones say, written past the version counter. So is
+        # what FSDP2 gathers, into one Parameter again and again; and whole copies are what it is to spare.
+        sharded = getattr(self, "_is_fsdp_managed_module", False)
+        cache_weights = self.fp8_cache_weights and torch.is_grad_enabled() and not sharded
+        how = _How(recipe, self.fp8_backend, scales, cache_weights, learning)
         forward = recipe.uses_fp8("forward")
         x8 = how.cast(input, "input", rows=forward, columns=trained and recipe.uses_fp8("weight_grad"))
         w8 = how.cast(self.weight, "weight", rows=forward)
@@ -103,6 +111,7 @@ def end_step_of(layers: Iterable[nn.Module]) -> None:
     for layer in layers:
         if isinstance(layer, FP8Linear):
             forget_casts(layer.weight)
+            layer.fp8_weight_amax = None
             if layer.fp8_scales is not None:
                 delayed.setdefault((layer.fp8_recipe, layer.fp8_scales.scale.device), []).append(layer.fp8_scales)
         elif isinstance(layer, ConvertedLinear):
@@ -118,6 +127,21 @@ def switch(module: nn.Module, *, on: bool) -> None:
             layer.fp8_active = on
 
 
+def fall_back(module: nn.Module, layers: Collection[str]) -> None:
+    """Lets the converted layers of `module` with these names, and only them, run in their own dtype.
+
+    `switch`, schedules and `fp8_autocast` act on the other layers as before. A layer that returns to FP8 with delayed
+    scaling takes new scales from its tensors: those it left with are of another time.
+    """
+    for name, layer in module.named_modules():
+        if not isinstance(layer, FP8Linear | ConvertedLinear):
+            continue
+        returns = layer.fp8_fallback and name not in layers
+        if returns and isinstance(layer, FP8Linear) and layer.fp8_scales is not None:
+            layer.fp8_scales = DelayedScales.unknown(layer.fp8_recipe.history, layer.weight.device)
+        layer.fp8_fallback = name in layers
+
+
 class _How(NamedTuple):
     """What the three GEMMs need to know of their layer."""
 
@@ -130,8 +154,12 @@ class _How(NamedTuple):
     def cast(self, x: Tensor, role: Role, *, rows: bool = False, columns: bool = False) -> Cast:
         """An operand, cast or found cast; a training step takes note of its amax."""
         kept = role == "input" or (role == "weight" and self.cache_weights)
-        make = shared_cast if kept else cast
-        made = make(x, role, self.recipe, self.scales, rows=rows, columns=columns)
+        if isinstance(x, GatheredWeight):
+            made = x.cast()
+        else:
+            make = shared_cast if kept else cast
+            shared = self.recipe.sync_amax and self.learning and role != "weight"
+            made = make(x, role, self.recipe, self.scales, shared, rows=rows, columns=columns)
         # The weight is cast again for the GEMM of backward: with the same magnitude as in forward.
         new = rows or role == "grad_output" or not self.recipe.uses_fp8("forward")
         if self.learning and self.scales is not None and made.amax is not None and new:

@@ -94,6 +94,9 @@ class Recipe:
         history: Delayed scaling only: how many steps are remembered.
         amax: Delayed scaling only: whether the "max" of the history or its "most_recent" entry sets the scale.
         margin: Delayed scaling only: headroom, in powers of two, for what grows from one step to the next.
+        sync_amax: Current scaling only: one scale for all processes' inputs, and one for their gradients, so that what
+            is computed does not depend on how a batch is spread over them. It costs an all-reduce a cast, and is for
+            comparisons; delayed scaling always shares.
         high_precision: GEMMs that stay in the layer's own dtype: any of "forward", "input_grad", "weight_grad".
         fast_accumulation: GEMMs that native FP8 hardware may sum with fewer bits than fp32 (on Hopper 14 or so),
             which is faster; no other backend does.
@@ -106,6 +109,7 @@ class Recipe:
     history: int = 16
     amax: Literal["max", "most_recent"] = "max"
     margin: int = 0
+    sync_amax: bool = False
     high_precision: tuple[Gemm, ...] = ()
     fast_accumulation: tuple[Gemm, ...] = ("forward",)
 
@@ -139,6 +143,11 @@ class Recipe:
                 " Set scaling to 'delayed', or leave it out."
             )
         finer = [f"{role} by {self.operand(role).granularity}" for role in ROLES if self.operand(role).tile(1)]
+        if self.sync_amax and (self.scaling == "delayed" or finer):
+            reason = "delayed scaling always does so" if self.scaling == "delayed" else f"here it is {', '.join(finer)}"
+            raise ValueError(
+                f"Recipe: sync_amax shares one magnitude a tensor over all processes, and {reason}. Leave it out."
+            )
         if self.scaling == "delayed" and finer:
             raise ValueError(
                 f"Recipe: delayed scaling remembers one magnitude a tensor, and here it is {', '.join(finer)}."

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_fp8.compute.recipe import ROLES, Recipe, Role
-from lightning_fp8.numerics.quantize import scale_of
+from lightning_fp8.compute.recipe import ROLES, Operand, Recipe, Role
+from lightning_fp8.numerics.quantize import amax, scale_of
 
 _UNSEEN = -1.0
 
@@ -76,6 +76,21 @@ class DelayedScales:
         largest.copy_(torch.maximum(largest, amax))  # which lets NaN through
 
 
+def shared_scale(x: Tensor, operand: Operand) -> Tensor:
+    """The decode scale, an fp32 scalar, of `x` and what the other processes cast in its place; a collective call.
+
+    It is not finite on all processes if an element is not on one.
+    """
+    largest = amax(x).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    _all_reduce_max(largest)
+    return scale_of(largest, operand.number_format, power_of_two=operand.power_of_two)
+
+
+def _all_reduce_max(x: Tensor) -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(x, torch.distributed.ReduceOp.MAX)
+
+
 def advance(states: Iterable[DelayedScales], recipe: Recipe) -> None:
     """Ends a step for layers of one recipe: the magnitudes seen enter the history, and the scales follow.
 
@@ -87,19 +102,18 @@ def advance(states: Iterable[DelayedScales], recipe: Recipe) -> None:
         return
     cells = [cell for layer in layers for cell in layer.running]
     running = torch.stack(cells).view(len(layers), len(ROLES)).nan_to_num(nan=torch.inf, posinf=torch.inf)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(running, torch.distributed.ReduceOp.MAX)
+    _all_reduce_max(running)
     old = torch.stack([layer.history for layer in layers])
     rolled = torch.cat([running.unsqueeze(-1), old[..., :-1]], dim=-1)
     seen, finite = running >= 0, running.isfinite()
     history = torch.where((seen & finite).unsqueeze(-1), rolled, old)
-    amax = (history.amax(dim=-1) if recipe.amax == "max" else history[..., 0]) * 2.0**recipe.margin
-    amax = amax.clamp_max(torch.finfo(torch.float32).max)
+    largest = (history.amax(dim=-1) if recipe.amax == "max" else history[..., 0]) * 2.0**recipe.margin
+    largest = largest.clamp_max(torch.finfo(torch.float32).max)
     operands = [recipe.operand(role) for role in ROLES]
     scale = torch.stack(
-        [scale_of(amax[:, i], o.number_format, power_of_two=o.power_of_two) for i, o in enumerate(operands)], dim=-1
+        [scale_of(largest[:, i], o.number_format, power_of_two=o.power_of_two) for i, o in enumerate(operands)], dim=-1
     )
-    scale = torch.where(amax > 0, scale, 0.0)
+    scale = torch.where(largest > 0, scale, 0.0)
     torch._foreach_copy_([layer.history for layer in layers], list(history.unbind()))
     torch._foreach_copy_([layer.scale for layer in layers], list(scale.unbind()))
     torch._foreach_add_([layer.nonfinite for layer in layers], list((seen & ~finite).long().unbind()))

@@ -113,7 +113,7 @@ def _load(layer: FP8Linear | ConvertedLinear, saved: dict[str, Any]) -> None:
 def _differences(saved: dict[str, Any], recipe: Recipe) -> list[str]:
     """The fields on which scales depend and in which the recipe is another."""
     own = _plain(recipe)
-    independent = ("high_precision", "fast_accumulation")
+    independent = ("high_precision", "fast_accumulation", "sync_amax")
     return [name for name, value in own.items() if name not in independent and saved.get(name) != value]
 
 

@@ -94,7 +94,8 @@ class TokenLoader(DataLoader[torch.Tensor]):
     """
 
     def __init__(self, batches: TokenBatches, num_workers: int, identity: Mapping[str, Any] | None = None) -> None:
-        super().__init__(batches, batch_size=None, num_workers=num_workers)
+        # torch draws a seed for the workers at each `iter()`: not from the random numbers that training goes on with.
+        super().__init__(batches, batch_size=None, num_workers=num_workers, generator=torch.Generator())
         self._batches = batches
         self._identity = dict(identity or {})
         self._position = 0
@@ -116,6 +117,10 @@ class TokenLoader(DataLoader[torch.Tensor]):
             self._position += self._batches.step
             self._epoch_done += self._batches.step
             yield batch
+
+    def leave_out(self, batches: int) -> None:
+        """Moves on in the stream, which has no end: the epoch stays as long. The next `iter()` goes on from there."""
+        self.load_state_dict({**self.state_dict(), "position": self._position + batches * self._batches.step})
 
     def state_dict(self) -> dict[str, Any]:
         """The position, that in the epoch, and what they are positions in."""

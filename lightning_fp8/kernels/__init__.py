@@ -1,6 +1,7 @@
-"""Triton kernels, each beside a reference in plain torch of the same signature.
+"""Kernels, each with the results of a reference in plain torch operations.
 
-A kernel runs where its tensors are on a CUDA device that it can be compiled for, the reference everywhere else.
+Those in Triton run where their tensors are on a CUDA device that they can be compiled for; the step of `FP8AdamW` in
+C++ (`adamw.py`) on CPUs with a compiler. Everywhere else the references run.
 """
 
 from lightning_fp8.kernels.cast import Cast, cast

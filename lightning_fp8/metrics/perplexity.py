@@ -2,32 +2,21 @@
 
 torchmetrics' Perplexity takes the logarithm of a softmax in the dtype of the logits, so one confident mistake makes it
 inf for the whole epoch. Here the cross-entropy is computed from fp32 logits with the log-sum-exp trick. States are fp32
-and int64 whatever the default dtype is when the metric is made, and stay so when a model that holds it is cast.
+and int64 whatever the default dtype is when the metric is made.
 """
 
 import math
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torchmetrics.text
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics import Metric
+
+from lightning_fp8.metrics.exact import ExactStates
 
 
-class _ExactStates(Metric):
-    """A metric whose floating-point states are fp32 for good; torchmetrics guards them against `.half()`, not `.to`."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
-        def move(x: Tensor) -> Tensor:
-            moved = fn(x)
-            return x.to(moved.device) if x.is_floating_point() else moved
-
-        return super()._apply(move, exclude_state)
-
-
-class Perplexity(_ExactStates, torchmetrics.text.Perplexity):
+class Perplexity(ExactStates, torchmetrics.text.Perplexity):
     """exp of the mean cross-entropy, in nats, of the target tokens.
 
     `update(logits [B, T, V], targets [B, T])`; targets equal to `ignore_index` do not count. Sums over ranks.
@@ -49,7 +38,7 @@ class Perplexity(_ExactStates, torchmetrics.text.Perplexity):
         self.count = self.count + counted
 
 
-class BitsPerByte(_ExactStates):
+class BitsPerByte(ExactStates):
     """Cross-entropy in bits, divided by the bytes of text that the target tokens stand for.
 
     Unlike perplexity it compares models with different tokenizers, and with compressors. Targets that stand for no

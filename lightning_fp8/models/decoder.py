@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 
 from lightning_fp8.models.attention import Attention, Sight, sight_of_cache, sight_of_text
@@ -36,19 +37,32 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing: Recompute = activation_checkpointing
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tied_embeddings:
-            self.lm_head.weight = self.embedding.weight
+        device = torch.get_default_device()
+        with torch.device("meta"):  # layers draw weights of their own, which would be drawn again
+            self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+            self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+            self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if device.type != "meta":
+            self.materialize(device)
+        else:
+            self._tie()
+
+    def materialize(self, device: torch.device) -> None:
+        """Gives weights on the meta device memory on `device`, and their initial values."""
+        self.to_empty(device=device)
+        self._tie()
         self.reset_parameters()
+
+    def _tie(self) -> None:
+        if self.config.tied_embeddings:
+            self.lm_head.weight = self.embedding.weight
 
     def reset_parameters(self) -> None:
         """Draws the weights from torch's global generator; gains are 1, biases, LayerScales and sinks 0.
 
-        They are drawn in fp32 whatever the weights' dtype, so that runs that differ in precision alone start from the
-        same point.
+        They are drawn in fp32 whatever the weights' dtype, and whole where a process holds a part, so that runs that
+        differ in precision or in the number of processes start from the same point.
         """
         residual_std = self.config.init_std / (2 * self.config.num_layers) ** 0.5
         for name, p in self.named_parameters():
@@ -56,8 +70,7 @@ class Decoder(nn.Module):
                 nn.init.constant_(p, 0.0 if name.endswith(_FROM_ZERO) else 1.0)
                 continue
             std = residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else self.config.init_std
-            with torch.no_grad():
-                p.copy_(torch.randn(p.shape, dtype=torch.float32, device=p.device) * std)
+            assign(p, torch.randn(p.shape, dtype=torch.float32, device=p.device).mul_(std))
 
     def forward(
         self,
@@ -97,6 +110,16 @@ class Decoder(nn.Module):
         transform = partial(soft_cap, cap=cap) if cap else None
         loss = next_token_loss(x_btd, self.lm_head, targets_bt, transform=transform, z_loss=self.config.z_loss)
         return loss + gradient_only(penalised * torch.stack(squares).mean()) if penalised else loss
+
+
+@torch.no_grad()
+def assign(p: Tensor, whole: Tensor) -> None:
+    """Copies `whole` into `p` or, where this process holds a part of `p`, its part of it; nothing is sent."""
+    if isinstance(p, DTensor):
+        part = distribute_tensor(whole.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+        p.to_local().copy_(part.to_local())
+    else:
+        p.copy_(whole)
 
 
 class Block(nn.Module):

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import ModuleList
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -23,7 +24,9 @@ from lightning_fp8.models.config import SHAPING, DecoderConfig, config_from_dict
 from lightning_fp8.models.decoder import Decoder
 from lightning_fp8.models.loss import CHUNK_LOGITS
 from lightning_fp8.models.masks import documents
+from lightning_fp8.models.named_state import by_name
 from lightning_fp8.models.recompute import Recompute
+from lightning_fp8.models.sharding import copy_weights, materialize, mesh_of, shard
 from lightning_fp8.optim import (
     FP8AdamW,
     GradientRelease,
@@ -55,6 +58,8 @@ class DecoderLM(LightningModule):
             ("selective"); whole blocks ("full").
         end_of_text: The token id that ends a document; attention then stays within documents. None: it sees the
             whole sequence, documents before included.
+        processes_a_copy: Under ModelParallelStrategy, how many processes hold one copy of the weights together, such
+            as the devices of a node; None is all data-parallel processes.
     """
 
     def __init__(
@@ -66,9 +71,11 @@ class DecoderLM(LightningModule):
         initial_weights: str | None = None,
         activation_checkpointing: Recompute = "none",
         end_of_text: int | None = None,
+        processes_a_copy: int | None = None,
     ) -> None:
         super().__init__()
         self.config = config
+        self.processes_a_copy = processes_a_copy
         self.initial_weights = initial_weights
         self.activation_checkpointing: Recompute = activation_checkpointing
         self.end_of_text = end_of_text
@@ -84,13 +91,41 @@ class DecoderLM(LightningModule):
         self.set_bits_per_byte = ModuleList()
 
     def configure_model(self) -> None:
-        """Builds the decoder; Lightning calls it in the plugin's and the strategy's contexts."""
-        if self.decoder is None:
+        """Builds the decoder; Lightning calls it in the plugin's and the strategy's contexts.
+
+        Under ModelParallelStrategy the decoder is cut (`sharding.py`) before it has memory. Where the Trainer computes
+        in bf16 on fp32 weights, blocks are gathered in bf16.
+
+        Raises:
+            ValueError: The strategy is to cut matrices too (tensor parallelism), or copies do not divide processes.
+        """
+        if self.decoder is not None:
+            return
+        if self.device_mesh is None:
             self.decoder = Decoder(self.config, activation_checkpointing=self.activation_checkpointing)
-            if self.initial_weights and not self.decoder.embedding.weight.is_meta:
-                saved, weights = load_weights(self.initial_weights)
-                _refuse(differences(saved, self.config, SHAPING), self.initial_weights)
-                self.decoder.load_state_dict(weights)
+        else:
+            self.decoder = self._sharded(self.device_mesh)
+        if self.initial_weights and not self.decoder.embedding.weight.is_meta:
+            saved, weights = load_weights(self.initial_weights)
+            _refuse(differences(saved, self.config, SHAPING), self.initial_weights)
+            copy_weights(weights, self.decoder)
+
+    def _sharded(self, mesh: DeviceMesh) -> Decoder:
+        if mesh["tensor_parallel"].size() > 1:
+            raise ValueError(
+                f"DecoderLM has no plan for tensor parallelism, and tensor_parallel_size is"
+                f" {mesh['tensor_parallel'].size()}: give ModelParallelStrategy tensor_parallel_size 1 and, as"
+                " data_parallel_size, the number of processes."
+            )
+        with torch.device("meta"):
+            decoder = Decoder(self.config, activation_checkpointing=self.activation_checkpointing)
+        mixed = str(self.trainer.precision) == "bf16-mixed"
+        shard(
+            decoder,
+            mesh_of(mesh["data_parallel"], self.processes_a_copy),
+            gather_dtype=torch.bfloat16 if mixed else None,
+        )
+        return materialize(decoder, self.trainer.strategy.root_device)
 
     def setup(self, stage: str) -> None:
         """Checks the model against the data and takes the bytes a token from it.
@@ -215,8 +250,10 @@ class DecoderLM(LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Stores the config, so that a checkpoint alone is enough to build the model."""
+        """Stores the config, so that a checkpoint alone is enough to build the model; names the optimizer's state."""
         checkpoint[_CONFIG_KEY] = asdict(self.config)
+        if "optimizer_states" in checkpoint:
+            checkpoint["optimizer_states"] = [by_name(state) for state in checkpoint["optimizer_states"]]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Compares the checkpoint's config with this model's.

@@ -44,11 +44,11 @@ class AbsmaxMoments(NamedTuple):
     @classmethod
     def encode(cls, m: Tensor, v: Tensor, random: Tensor) -> "AbsmaxMoments":
         """Rounds m and v, fp32 [n, b], to nearest; `random` is not used."""
-        return cls(*_encode(m, E4M3), *_encode(v, E4M3))
+        return cls(*encode_absmax(m, E4M3), *encode_absmax(v, E4M3))
 
     def decode(self) -> tuple[Tensor, Tensor]:
         """The moments (m, v), fp32 [n, b] each."""
-        return _decode(self.m_codes, self.m_scale, E4M3), _decode(self.v_codes, self.v_scale, E4M3)
+        return decode_absmax(self.m_codes, self.m_scale, E4M3), decode_absmax(self.v_codes, self.v_scale, E4M3)
 
 
 class AbsmaxE5M2Moments(NamedTuple):
@@ -74,11 +74,11 @@ class AbsmaxE5M2Moments(NamedTuple):
     @classmethod
     def encode(cls, m: Tensor, v: Tensor, random: Tensor) -> "AbsmaxE5M2Moments":
         """Rounds m and v, fp32 [n, b], to nearest; `random` is not used."""
-        return cls(*_encode(m, E4M3), *_encode(v, E5M2))
+        return cls(*encode_absmax(m, E4M3), *encode_absmax(v, E5M2))
 
     def decode(self) -> tuple[Tensor, Tensor]:
         """The moments (m, v), fp32 [n, b] each."""
-        return _decode(self.m_codes, self.m_scale, E4M3), _decode(self.v_codes, self.v_scale, E5M2)
+        return decode_absmax(self.m_codes, self.m_scale, E4M3), decode_absmax(self.v_codes, self.v_scale, E5M2)
 
 
 def _zeros(rows: int, columns: int, block_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -86,12 +86,14 @@ def _zeros(rows: int, columns: int, block_size: int, device: torch.device) -> tu
     return codes, torch.zeros(rows, -(-columns // block_size), dtype=torch.float32, device=device)
 
 
-def _encode(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+def encode_absmax(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    """The codes of blocks `x`, fp32 [n, b], as uint8, and their scales, fp32 [n, 1]."""
     scale = x.abs().amax(dim=1, keepdim=True) / fmt.max
     # An absolute maximum so small that its scale underflows leaves nothing to divide by; such a block is 0.
     codes = (x / scale.clamp_min(torch.finfo(torch.float32).tiny)).clamp_(-fmt.max, fmt.max).to(fmt.dtype)
     return codes.view(torch.uint8), scale
 
 
-def _decode(codes: Tensor, scale: Tensor, fmt: Format) -> Tensor:
+def decode_absmax(codes: Tensor, scale: Tensor, fmt: Format) -> Tensor:
+    """The values, fp32 [n, b], that `encode_absmax` made codes of."""
     return codes.view(fmt.dtype).float() * scale

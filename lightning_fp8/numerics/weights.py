@@ -1,4 +1,4 @@
-"""What a weight is between two steps: the four roundings of bf16 weights, and fp32's none.
+"""What a weight is between two steps: the five roundings of bf16 weights, and fp32's none.
 
 An optimizer computes a new weight in fp32; what it may keep is less. Each class is one answer: the tensors that it
 keeps, the weight that they stand for (`decode`), and how a new one is put into them (`encode`). The first field is
@@ -10,11 +10,17 @@ always what the model sees; the others are state of the optimizer and start at z
 | "nearest"     | 2     | the bf16 value                          | is lost below half of its last bit, 2^-9       |
 | "kahan"       | 4     | that plus a bf16 compensation, 16 bits  | is lost below about 2^-17                      |
 | "correction8" | 3     | that plus 8 more bits, 16 bits          | moves the 16th bit at the right odds           |
+| "scaled_fp16" | 4     | an fp16 master copy with a scale, 11    | is lost below half of its last bit, 2^-12      |
 
 With "stochastic" the model sees the noise of its roundings, half a last bit a weight that moves; with "kahan" and
 "correction8" it sees the nearest bf16 value to a more precise weight. Both make the same of a plain bf16 weight when
 they start: their state is zero. Whoever writes a weight in between should zero its compensation too, though what it
 can add is half a last bit at most.
+
+"scaled_fp16" is here to compare with: FP8-LM's master weights (`moments_fp8lm.py`) and those of Hugging Face's
+nanotron. Theirs replaces every other copy, 2 bytes, because their layers multiply an FP8 copy of it, 1 byte. Ours
+keeps the model as it is, in bf16, which any layer can compute with, so it costs 4. It serves parameters whose moments
+have scales; others have "kahan".
 """
 
 from typing import NamedTuple
@@ -22,6 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_fp8.numerics.formats import e8m0_ceil, e8m0_value
 from lightning_fp8.numerics.rounding import stochastic_round_bf16
 
 
@@ -114,12 +121,50 @@ class CorrectedWeights(NamedTuple):
         return (self.weight.float().view(torch.int32) + (self.correction.int() << 8)).view(torch.float32)
 
 
-Weights = FP32Weights | StochasticWeights | NearestWeights | KahanWeights | CorrectedWeights
+class ScaledFP16Weights(NamedTuple):
+    """bf16 weights, and a master copy in fp16 that a power of two a block brings into fp16's range.
+
+    The weight is the nearest bf16 number to the master. Where it is not, the master does not count: before the first
+    step, after somebody wrote the weight, and where a weight is so far below the largest of its block, 2^29, that fp16
+    would make a subnormal number of it.
+    """
+
+    weight: Tensor
+    master: Tensor
+    master_scale: Tensor
+
+    @classmethod
+    def encode(cls, exact: Tensor, bits: Tensor) -> "ScaledFP16Weights":
+        """Rounds `exact`, fp32 [n, b], to nearest; `bits` are not used."""
+        scale = e8m0_ceil(exact.abs().amax(dim=1, keepdim=True) * 2.0**-_FP16_OCTAVES)
+        master = (exact / e8m0_value(scale)).to(torch.float16)
+        kept = master.float() * e8m0_value(scale)
+        precise = (kept - exact).abs() <= exact.abs() * 2.0**-11
+        return cls(torch.where(precise, kept, exact).to(torch.bfloat16), master, scale)
+
+    def decode(self) -> Tensor:
+        """The weight, fp32 [n, b]."""
+        master = self.master.float() * e8m0_value(self.master_scale)
+        # By their bits: -0 is not 0, and the master of a new weight is 0.
+        counts = master.to(torch.bfloat16).view(torch.int16) == self.weight.view(torch.int16)
+        return torch.where(counts, master, self.weight.float())
+
+
+_FP16_OCTAVES = 15  # the largest weight of a block is brought to at most 2^15, half of what fp16 holds
+Weights = FP32Weights | StochasticWeights | NearestWeights | KahanWeights | CorrectedWeights | ScaledFP16Weights
 BF16_WEIGHTS: dict[str, type[Weights]] = {
     "stochastic": StochasticWeights,
     "nearest": NearestWeights,
     "kahan": KahanWeights,
     "correction8": CorrectedWeights,
+    "scaled_fp16": ScaledFP16Weights,
 }
-STATE_DTYPES = {"compensation": torch.bfloat16, "correction": torch.int8}
+STATE_DTYPES = {
+    "compensation": torch.bfloat16,
+    "correction": torch.int8,
+    "master": torch.float16,
+    "master_scale": torch.uint8,
+}
 """What the classes keep beside the weight."""
+PER_BLOCK = ("master_scale",)
+"""Which of it has one number a block; the rest has one an element."""

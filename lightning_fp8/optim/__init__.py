@@ -1,6 +1,7 @@
 """What an optimizer step does: FP8 state, stochastic rounding, gradient release, checkpoints, schedules."""
 
 from lightning_fp8.optim.adamw import FP8AdamW
+from lightning_fp8.optim.clipping import AdaGC, ZClip
 from lightning_fp8.optim.configured import FP8OptimizerOf
 from lightning_fp8.optim.groups import decay_groups
 from lightning_fp8.optim.interchange import convert_state, export_fp32_state, import_adamw_state
@@ -9,6 +10,7 @@ from lightning_fp8.optim.schedules import Schedule, WarmupCosine, WarmupStableDe
 from lightning_fp8.optim.wrapper import FP8Optimizer
 
 __all__ = [
+    "AdaGC",
     "FP8AdamW",
     "FP8Optimizer",
     "FP8OptimizerOf",
@@ -16,6 +18,7 @@ __all__ = [
     "Schedule",
     "WarmupCosine",
     "WarmupStableDecay",
+    "ZClip",
     "convert_state",
     "decay_groups",
     "enable_gradient_release",

@@ -24,7 +24,6 @@ from torch.optim import Optimizer
 from lightning_fp8.numerics.weights import BF16_WEIGHTS
 from lightning_fp8.optim import health, shards
 from lightning_fp8.optim.arguments import check_adamw, check_limits, check_shared
-from lightning_fp8.optim.clipping import with_clipped_rates
 from lightning_fp8.optim.finite import SkippedSteps, free_to_read
 from lightning_fp8.optim.fresh import fields_of, moments_of, new_state, weights_of
 from lightning_fp8.optim.groups import parameter_name
@@ -34,6 +33,7 @@ from lightning_fp8.optim.packing import Member, alike, step_batch
 from lightning_fp8.optim.release import GradientRelease
 from lightning_fp8.optim.state import load_exactly
 from lightning_fp8.optim.step import MOMENTS
+from lightning_fp8.optim.update_clipping import with_clipped_rates
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -56,11 +56,11 @@ class FP8AdamW(Optimizer):
             corrected by 1 - beta^t with the beta of this step.
         eps: Added to the denominator.
         weight_decay: Decoupled; a weight shrinks by lr * weight_decay a step.
-        moments: How moments are kept: "fp8", or to compare with "e4m3", "e4m3/e5m2", "coat", "bf16", "fp32". For
-            embeddings in fp32, give them a group of their own.
+        moments: How moments are kept: "fp8", or to compare with "e4m3", "e4m3/e5m2", "coat", "fp8_lm", "bf16", "fp32".
+            For embeddings in fp32, give them a group of their own.
         block_size: Elements that share the scales of their moments.
-        rounding: How bf16 weights are kept: "stochastic", "nearest", "kahan" (+2 bytes a parameter) or "correction8"
-            (+1), see `numerics/weights.py`. fp32 weights need none.
+        rounding: How bf16 weights are kept: "stochastic", "nearest", "kahan" (+2 bytes a parameter), "correction8"
+            (+1) or, to compare with, "scaled_fp16" (+2), see `numerics/weights.py`. fp32 weights need none.
         seed: Of the random bits.
         maximize: Follow the gradient up instead of down.
         clip_update_rms: Divide the learning rate of a parameter, for this step, by its root mean square of
@@ -70,9 +70,10 @@ class FP8AdamW(Optimizer):
         max_skipped_steps: Raise when this many steps in a row had gradients that are not finite. Reads the device in
             each step. None never raises.
         track_health: Count what `health()` and `health_by_parameter()` report.
-        compile: Compile the step with `torch.compile`: once for each combination of formats and dtypes, whatever the
-            learning rate, the step and the shapes. The first step then takes a while, and a compiler. Codes and bf16
-            weights have been equal to the eager step's wherever they were compared; fp32 weights differ by an ulp.
+        compile: Compile with `torch.compile` what no kernel steps (`kernels/adamw.py`: on a CPU with a C++ compiler
+            that is moments other than "fp8" and other roundings than "stochastic"): once for each combination of
+            formats and dtypes, whatever the learning rate, the step and the shapes. The first step then takes a while.
+            Codes and bf16 weights are equal to the eager step's wherever they were compared.
 
     Raises:
         ValueError: An argument is out of range, a parameter is neither bf16 nor fp32, or not contiguous, or a gradient
@@ -102,9 +103,9 @@ class FP8AdamW(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
-        moments: Literal["fp8", "e4m3", "e4m3/e5m2", "coat", "bf16", "fp32"] = "fp8",
+        moments: Literal["fp8", "e4m3", "e4m3/e5m2", "coat", "fp8_lm", "bf16", "fp32"] = "fp8",
         block_size: int = 128,
-        rounding: Literal["stochastic", "nearest", "kahan", "correction8"] = "stochastic",
+        rounding: Literal["stochastic", "nearest", "kahan", "correction8", "scaled_fp16"] = "stochastic",
         seed: int = 0,
         maximize: bool = False,
         clip_update_rms: float | None = None,
@@ -253,6 +254,11 @@ class FP8AdamW(Optimizer):
     def memory(self) -> Ledger:
         """Bytes a parameter of weights, gradients, moments and scales, measured on the storages of this process."""
         return measure_ledger((p for group in self.param_groups for p in group["params"]), [self])
+
+    @property
+    def skip_counts(self) -> Tensor | None:
+        """Steps skipped in all, and since the last one that was not: int64 [2], on the device; None before any."""
+        return self._skips.counts
 
     @property
     def skipped_steps(self) -> int:

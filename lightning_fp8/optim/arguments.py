@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_fp8.optim.guidance import warn_of_moments
+
 
 def check_shared(owner: str, group: dict[str, Any], choices: Mapping[str, Iterable[str]]) -> None:
     """Checks the parameters of a group, and the options that all our optimizers have.
@@ -55,3 +57,4 @@ def check_adamw(owner: str, group: dict[str, Any]) -> None:
             raise ValueError(f"{owner}: {name} is {group[name]}; it must be 0 or more.")
     if not all(0 <= beta < 1 for beta in group["betas"]):
         raise ValueError(f"{owner}: betas are {group['betas']}; both must be in [0, 1).")
+    warn_of_moments(group["moments"], group["betas"], group["eps"])

@@ -1,42 +1,186 @@
-"""StableAdamW's limit on the size of an update, over whole parameters.
+"""Clipping that follows the gradients of the run instead of a limit that is fixed before it.
 
-The learning rate of a parameter is divided, for one step, by how far the root mean square of g / max(sqrt(v), eps)
-exceeds a limit (Wortsman et al., "Stable and low-precision training for large-scale vision-language models",
-algorithm 2). That is a mean over the parameter, all its shards included: each process sums over what it holds, and one
-collective operation adds up the sums of all parameters that are cut alike.
+A fixed limit on the norm is too high for most of a run, in which norms fall, and so lets spikes through. These two know
+what is usual and cut what is not:
 
-Sums are of blocks and in fp64, so that they do not depend on how a parameter is cut into chunks or shards, but for the
-rare sum that lies at the edge of fp32's rounding.
+ZClip (Kumar et al., arXiv 2504.02507), one number for all gradients. With the norm n, running mean mu and deviation s:
+
+    z = (n - mu) / s;    where z > z0:  n* = mu + s z0^2 / z,  else n* = n;    gradients <- gradients n* / n
+    mu <- alpha mu + (1 - alpha) n*;    s^2 <- alpha s^2 + (1 - alpha) (n* - mu)^2
+
+The further out, the harder the cut: down towards mu. The first `warmup_steps` norms give mu and s, uncut.
+
+AdaGC (Wang et al., arXiv 2502.11034), one number a tensor, because spikes begin in one. With norms n_i, averages c_i:
+
+    warm-up:  gradients <- gradients min(1, absolute / |all|);  c_i <- min(c_i, n_i*)
+    after:    g_i <- g_i min(1, relative c_i / n_i);            c_i <- beta c_i + (1 - beta) n_i*
+
+n* being the norm after the cut. Nothing is read by the host. Gradients that are not finite are left as they are, for
+the optimizer to leave the step out, and the averages do not see them; AdaGC's do not see a norm of 0 either, which says
+nothing of the next. Both need all gradients at once: not with gradient release. Sharded gradients count as a whole.
+
+    clip = ZClip();  ...  loss.backward();  clip.clip(model.parameters());  optimizer.step()      # in any loop
+    fabric.save(path, {..., "clip": clip})                                                        # state_dict
+
+With the Trainer, `callbacks.AdaptiveClipping` does both.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from lightning_fp8.optim.packing import Member, alike, squared_updates
-from lightning_fp8.optim.shards import sums_over_shards
+from lightning_fp8.optim.shards import local_part
 
 
-def with_clipped_rates(members: Sequence[Member], params: Sequence[Tensor], group: dict[str, Any]) -> list[Member]:
-    """The `members` with learning rates of their own, as `clip_update_rms` of their `group` asks.
+class Clipping(Protocol):
+    """What clips gradients and remembers what is usual."""
 
-    A pass over gradients and moments: the mean is needed before the first block is stepped.
+    def clip(self, params: Iterable[Tensor]) -> Tensor:
+        """Clips the gradients in place; returns their norm before."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is remembered."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes over what `state_dict` returned."""
+
+
+class ZClip:
+    """Clips the norm of all gradients where it stands out; see the module's docstring. Costs some 30 operations a step.
 
     Args:
-        members: Of one group, their steps counted.
-        params: Of each, the whole parameter.
-        group: Its options.
+        alpha: Decay of the mean and the variance.
+        z_threshold: Deviations above the mean from which on norms are cut.
+        warmup_steps: Norms of which the first mean and variance are made.
     """
-    found: dict[int, Tensor] = {}
-    for batch in alike(members):
-        found.update(
-            (id(member), squares) for member, squares in zip(batch, squared_updates(batch, group), strict=True)
-        )
-    # A process that holds nothing of a parameter takes part in its sum all the same.
-    parts = [found.get(id(m), torch.zeros((), dtype=torch.float64, device=m.weight.device)) for m in members]
-    means = [total / max(1, p.numel()) for total, p in zip(sums_over_shards(parts, params), params, strict=True)]
-    excesses = [mean.sqrt().div(group["clip_update_rms"]).clamp_min(1).reshape(1) for mean in means]
-    rates = [(group["lr"] / excess).float() for excess in excesses]
-    return [member._replace(rate=rate) for member, rate in zip(members, rates, strict=True)]
+
+    def __init__(self, alpha: float = 0.97, z_threshold: float = 2.5, warmup_steps: int = 25) -> None:
+        if not 0 <= alpha < 1 or z_threshold <= 0 or warmup_steps < 2:
+            raise ValueError(
+                f"ZClip: alpha {alpha} must be in [0, 1), z_threshold {z_threshold} more than 0, warmup_steps"
+                f" {warmup_steps} at least 2."
+            )
+        self.alpha, self.z_threshold, self.warmup_steps = alpha, z_threshold, warmup_steps
+        self._state = torch.zeros(3)
+
+    @torch.no_grad()
+    def clip(self, params: Iterable[Tensor]) -> Tensor:
+        """Clips the gradients of `params` in place; returns their norm before, an fp32 scalar on the device."""
+        grads = _gradients(params)
+        norm = _norms(grads).square().sum().sqrt()
+        self._state, factor = self.next(self._state.to(norm.device), norm)
+        torch._foreach_mul_([local_part(grad) for grad in grads], factor)
+        return norm
+
+    def next(self, state: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+        """The state after a step, and the factor of its gradients.
+
+        Args:
+            state: Number of norms seen, mean, variance: [3].
+            norm: Of all gradients, a scalar.
+        """
+        seen, mean, variance = state.unbind()
+        warm, finite = seen < self.warmup_steps, norm.isfinite()
+        z = (norm - mean) / (variance.sqrt() + 1e-6)
+        cut = mean + variance.sqrt() * self.z_threshold**2 / z
+        clipped = torch.where(~warm & (z > self.z_threshold), cut, norm)
+        rate = torch.where(warm, 1 / (seen + 1), 1 - self.alpha)
+        new_mean = mean + rate * (clipped - mean)
+        # While warm the sum of squares about the moving mean (Welford); then about the new mean, as the paper has it.
+        spread = (clipped - new_mean) * torch.where(warm, clipped - mean, clipped - new_mean)
+        new_variance = (1 - rate) * variance + rate * spread
+        after = torch.stack([seen + 1, new_mean, new_variance])
+        return torch.where(finite, after, state), torch.where(finite & (norm > 0), clipped / norm, 1.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Number of norms seen, mean and variance."""
+        return {"state": self._state.clone()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes over what `state_dict` returned."""
+        self._state = state_dict["state"].clone()
+
+
+class AdaGC:
+    """Clips the norm of each gradient where it stands out; see the module's docstring.
+
+    Args:
+        relative: Of its average, what a norm may be.
+        beta: Decay of the averages.
+        absolute: What the norm of all gradients may be during warm-up.
+        warmup_steps: Steps of it.
+    """
+
+    def __init__(
+        self, relative: float = 1.05, beta: float = 0.98, absolute: float = 1.0, warmup_steps: int = 100
+    ) -> None:
+        if relative <= 0 or not 0 <= beta < 1 or absolute <= 0 or warmup_steps < 1:
+            raise ValueError(
+                f"AdaGC: relative {relative} and absolute {absolute} must be more than 0, beta {beta} in [0, 1),"
+                f" warmup_steps {warmup_steps} at least 1."
+            )
+        self.relative, self.beta, self.absolute, self.warmup_steps = relative, beta, absolute, warmup_steps
+        self._averages = torch.empty(0)  # infinite where nothing was seen
+        self._steps = 0
+
+    @torch.no_grad()
+    def clip(self, params: Iterable[Tensor]) -> Tensor:
+        """Clips the gradients of `params`, always the same ones, in place; returns the norm of all before."""
+        params = list(params)
+        with_grad = [i for i, p in enumerate(params) if p.grad is not None]
+        grads = _gradients(params)
+        norms = _norms(grads)
+        if len(self._averages) != len(params):
+            self._averages = torch.full((len(params),), torch.inf, device=norms.device)
+        self._averages = self._averages.to(norms.device)
+        whole = len(with_grad) == len(params)
+        averages = self._averages if whole else torch.stack([self._averages[i] for i in with_grad])
+        averages, factors = self.next(averages, norms, warm=self._steps < self.warmup_steps)
+        if whole:
+            self._averages = averages
+        else:
+            for i, average in zip(with_grad, averages.unbind(), strict=True):
+                self._averages[i] = average
+        self._steps += 1
+        torch._foreach_mul_([local_part(grad) for grad in grads], list(factors.unbind()))
+        return norms.square().sum().sqrt()
+
+    def next(self, averages: Tensor, norms: Tensor, *, warm: bool) -> tuple[Tensor, Tensor]:
+        """The averages after a step, and the factors of its gradients; all [n], of n gradients."""
+        if warm:
+            total = norms.square().sum().sqrt()
+            factors = torch.where(total > self.absolute, self.absolute / total, 1.0).expand_as(norms)
+        else:
+            factors = torch.where(norms > self.relative * averages, self.relative * averages / norms, 1.0)
+        factors = torch.where(norms.isfinite().all(), factors, 1.0)
+        clipped = norms * factors
+        known = averages.isfinite()
+        moved = torch.minimum(averages, clipped) if warm else self.beta * averages + (1 - self.beta) * clipped
+        after = torch.where(known, moved, clipped)
+        return torch.where(norms.isfinite().all() & (norms > 0), after, averages), factors
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages, one a parameter, and the number of steps."""
+        return {"averages": self._averages.clone(), "steps": self._steps}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes over what `state_dict` returned."""
+        self._averages, self._steps = state_dict["averages"].clone(), state_dict["steps"]
+
+
+def _gradients(params: Iterable[Tensor]) -> list[Tensor]:
+    grads = [p.grad for p in params if p.grad is not None]
+    if not grads:
+        raise ValueError("There is no gradient to clip: call clip() after backward(), and not with gradient release.")
+    return grads
+
+
+def _norms(grads: Sequence[Tensor]) -> Tensor:
+    """The norm of each gradient, of all its shards: fp32 [n]."""
+    if not any(isinstance(grad, DTensor) for grad in grads):
+        return torch.stack(torch._foreach_norm(list(grads), 2, dtype=torch.float32))
+    norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]
+    return torch.stack([norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms])

@@ -55,6 +55,11 @@ class SkippedSteps:
         return finite
 
     @property
+    def counts(self) -> Tensor | None:
+        """Steps skipped in all, and since the last one that was not: int64 [2], on the device; None before any."""
+        return self._counts
+
+    @property
     def total(self) -> int:
         """How many there were; reads the device."""
         return 0 if self._counts is None else int(self._counts[0])

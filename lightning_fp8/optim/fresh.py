@@ -5,14 +5,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_fp8.numerics.weights import BF16_WEIGHTS, STATE_DTYPES, FP32Weights, Weights
+from lightning_fp8.numerics.weights import BF16_WEIGHTS, PER_BLOCK, STATE_DTYPES, FP32Weights, Weights
 from lightning_fp8.optim import blocks, shards
 from lightning_fp8.optim.step import MOMENTS, Moments
 
 
 def weights_of(p: Tensor, rounding: str) -> type[Weights]:
-    """The class that keeps the weights of `p`."""
-    return BF16_WEIGHTS[rounding] if p.dtype is torch.bfloat16 else FP32Weights
+    """The class that keeps the weights of `p`; vectors and narrow tensors, as of moments, have no scales."""
+    if p.dtype is not torch.bfloat16:
+        return FP32Weights
+    scaled = set(BF16_WEIGHTS[rounding]._fields) & set(PER_BLOCK)
+    return BF16_WEIGHTS["kahan" if scaled and not blocks.is_matrix(p.shape) else rounding]
 
 
 def moments_of(p: Tensor, moments: str) -> type[Moments]:
@@ -49,7 +52,9 @@ def new_state(p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
             zeros = shards.new_scales(p, group["block_size"], field.dtype)
         state[name] = zeros + field.start if field.start else zeros
     for name in weights_of(p, group["rounding"])._fields[1:]:
-        state[name] = shards.new_elements(p, STATE_DTYPES[name])
+        dtype = STATE_DTYPES[name]
+        scale = name in PER_BLOCK
+        state[name] = shards.new_scales(p, group["block_size"], dtype) if scale else shards.new_elements(p, dtype)
     return state
 
 

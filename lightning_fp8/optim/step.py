@@ -13,15 +13,17 @@ from lightning_fp8.numerics import elementary
 from lightning_fp8.numerics.moments import FP8Moments
 from lightning_fp8.numerics.moments_absmax import AbsmaxE5M2Moments, AbsmaxMoments
 from lightning_fp8.numerics.moments_coat import CoatMoments
+from lightning_fp8.numerics.moments_fp8lm import FP8LMMoments
 from lightning_fp8.numerics.moments_plain import BF16Moments, FP32Moments
 from lightning_fp8.numerics.weights import Weights
 
-Moments = FP8Moments | AbsmaxMoments | AbsmaxE5M2Moments | CoatMoments | BF16Moments | FP32Moments
+Moments = FP8Moments | AbsmaxMoments | AbsmaxE5M2Moments | CoatMoments | FP8LMMoments | BF16Moments | FP32Moments
 MOMENTS: dict[str, type[Moments]] = {
     "fp8": FP8Moments,
     "e4m3": AbsmaxMoments,
     "e4m3/e5m2": AbsmaxE5M2Moments,
     "coat": CoatMoments,
+    "fp8_lm": FP8LMMoments,
     "bf16": BF16Moments,
     "fp32": FP32Moments,
 }

@@ -195,6 +195,11 @@ class FP8Optimizer(Optimizer):
                 state.update(attempt.scalars)
 
     @property
+    def skip_counts(self) -> Tensor | None:
+        """Steps skipped in all, and since the last one that was not: int64 [2], on the device; None before any."""
+        return self._skips.counts
+
+    @property
     def skipped_steps(self) -> int:
         """Steps skipped since the optimizer was made or its state loaded; reads the device."""
         return self._skips.total

@@ -1,3 +1,6 @@
+import os
+import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -6,7 +9,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 
-from lightning_fp8.callbacks import LastCheckpoint
+from lightning_fp8.callbacks import LastCheckpoint, checkpoint
 
 
 class Recorder(LastCheckpoint):
@@ -73,3 +76,38 @@ def test_a_save_that_breaks_off_leaves_the_checkpoint_before_it(
     with pytest.raises(RuntimeError, match="killed"):
         fit(tmp_path, LastCheckpoint(2), max_steps=4)
     assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
+
+
+@pytest.mark.parametrize("calls_before_the_kill", range(5))
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_kill_while_a_checkpoint_is_put_in_place_loses_none(tmp_path, monkeypatch, sharded, calls_before_the_kill):
+    def write(name, content):
+        target = tmp_path / name
+        if sharded:
+            target.mkdir()
+        (target / "part" if sharded else target).write_text(content)
+        return str(target)
+
+    def read(path):
+        return (Path(path) / "part" if sharded else Path(path)).read_text()
+
+    path, new, done = write("last.ckpt", "old"), write("last.ckpt.unfinished", "new"), []
+
+    def until_the_kill(function):
+        def call(*args):
+            if len(done) == calls_before_the_kill:
+                raise KeyboardInterrupt
+            done.append(function)
+            function(*args)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", until_the_kill(os.replace))
+        patch.setattr(shutil, "rmtree", until_the_kill(shutil.rmtree))
+        with suppress(KeyboardInterrupt):
+            checkpoint.put_in_place(new, path)
+    checkpoint.recover(path)
+    assert read(path) == ("new" if len(done) > (1 if sharded else 0) else "old")
+    checkpoint.put_in_place(write("another", "newer"), path)
+    assert read(path) == "newer"

@@ -1,5 +1,6 @@
 import csv
 import math
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -177,6 +178,11 @@ def test_a_token_budget_gives_the_steps(
     weights = torch.load("run/checkpoints/last.ckpt", weights_only=True)["state_dict"].values()
     assert f"parameters  {sum(weight.numel() for weight in weights):,}\n" in shown
     assert "run folder  run\n" in shown
+    state, held = (float(re.search(rf"([\d.]+) MB of {what}", shown)[1]) for what in ("weights", "activations"))
+    measured = yaml.safe_load(Path("run/summary.json").read_text())["bytes_per_param"]
+    parameters = sum(weight.numel() for weight in weights)
+    assert state == pytest.approx(sum(measured.values()) * parameters / 1e6, rel=0.01)
+    assert held > 0
     fit("--trainer.max_steps=-1", "--max_tokens", "1K", "--trainer.fast_dev_run", "1", verb="validate")
 
 

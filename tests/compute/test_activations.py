@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from lightning_fp8 import convert_linears, fp8_autocast
-from lightning_fp8.compute.activations import keep_activations, keep_activations_in_fp8
+from lightning_fp8.compute.activations import keep_activations_in_fp8
 from lightning_fp8.models import DecoderConfig
 from lightning_fp8.models.decoder import SwiGLU
 from lightning_fp8.models.norm import RMSNorm
@@ -126,8 +126,11 @@ def test_the_model_stays_the_same_one():
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert type(other[1]) is type(model[1])
         assert distance(gradients(other, x), gradients(model, x)) == 0
-    keep_activations(model)
-    assert (type(model[0]), type(model[1])) == (RMSNorm, SwiGLU)
+    keep_activations_in_fp8(model, ["1"])
+    assert type(model[0]) is RMSNorm
+    assert type(model[1]) is not SwiGLU
+    keep_activations_in_fp8(model, [])
+    assert type(model[1]) is SwiGLU
 
 
 def test_they_wait_while_others_decide_what_is_kept():

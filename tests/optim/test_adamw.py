@@ -193,8 +193,8 @@ ERRORS = [  # argument, value, what the message must hold: field, value and reme
     ("clip_update_rms", 0.0, r"clip_update_rms is 0\.0; it must be more than 0, or None"),
     ("max_update", -1.0, r"max_update is -1\.0; it must be more than 0, or None"),
     ("max_skipped_steps", 0, r"max_skipped_steps is 0; it must be more than 0, or None"),
-    ("moments", "fp16", r"moments 'fp16' is not one of fp8, e4m3, e4m3/e5m2, coat, bf16, fp32"),
-    ("rounding", "up", r"rounding 'up' is not one of stochastic, nearest, kahan, correction8"),
+    ("moments", "fp16", r"moments 'fp16' is not one of fp8, e4m3, e4m3/e5m2, coat, fp8_lm, bf16, fp32"),
+    ("rounding", "up", r"rounding 'up' is not one of stochastic, nearest, kahan, correction8, scaled_fp16"),
 ]
 
 

@@ -58,11 +58,20 @@ def test_bytes_a_parameter():
     assert moments + (p.untyped_storage().nbytes() + p.grad.untyped_storage().nbytes()) / p.numel() <= 6.1
 
 
-BYTES = {"fp8": 2 + 6 / 128, "e4m3": 2 + 8 / 128, "e4m3/e5m2": 2 + 8 / 128, "coat": 2 + 24 / 128, "bf16": 4, "fp32": 8}
+BYTES = {
+    "fp8": 2 + 6 / 128,
+    "e4m3": 2 + 8 / 128,
+    "e4m3/e5m2": 2 + 8 / 128,
+    "coat": 2 + 24 / 128,
+    "fp8_lm": 3 + 8 / 128,
+    "bf16": 4,
+    "fp32": 8,
+}
+EXTRA = {"stochastic": 0, "nearest": 0, "kahan": 2, "correction8": 1, "scaled_fp16": 2 + 1 / 128}
 
 
 @pytest.mark.parametrize("moments", MOMENTS)
-@pytest.mark.parametrize(("rounding", "extra"), [("stochastic", 0), ("nearest", 0), ("kahan", 2), ("correction8", 1)])
+@pytest.mark.parametrize(("rounding", "extra"), EXTRA.items())
 def test_every_format_has_its_bytes(moments, rounding, extra):
     p = torch.nn.Parameter(torch.ones(64, 512).bfloat16())
     optimizer = FP8AdamW([p], moments=moments, rounding=rounding)

@@ -34,7 +34,7 @@ def test_health_counts_lost_updates_by_rounding():
         p.grad = torch.ones_like(p)
         optimizer.step()
         lost[rounding] = float(optimizer.health().updates_lost)
-    assert lost["nearest"] == 1
+    assert lost["nearest"] == lost["scaled_fp16"] == 1  # 1/40 of bf16's last bit is less than half of fp16's
     assert lost["kahan"] == lost["correction8"] == 0
     assert abs(lost["stochastic"] - 39 / 40) < 5 * math.sqrt(39) / 40 / 128
 

@@ -28,6 +28,7 @@ ASKED = {
     "health": {"track_health": True},
     "e4m3": {"moments": "e4m3"},
     "coat": {"moments": "coat"},
+    "fp8_lm": {"moments": "fp8_lm", "rounding": "scaled_fp16"},
     "tensor lr": {"lr": torch.tensor(0.01)},
 }
 

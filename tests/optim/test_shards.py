@@ -53,6 +53,7 @@ def train(model, optimizer, steps):
 
 KINDS = {
     "FP8AdamW": lambda params, **options: FP8AdamW(params, lr=0.01, **options),
+    "FP8-LM": lambda params, **o: FP8AdamW(params, lr=0.01, moments="fp8_lm", rounding="scaled_fp16", **o),
     "FP8Optimizer": lambda params, **options: FP8Optimizer(torch.optim.NAdam(params, lr=0.01), **options),
 }
 
@@ -127,7 +128,7 @@ def check_placements(model, optimizer):
             assert isinstance(value, DTensor)
             assert (value.placements, value.device_mesh) == (p.placements, p.device_mesh)
             assert value.is_contiguous()
-            if quantized and not key.endswith("codes"):
+            if quantized and not key.endswith(("codes", "half", "master")):
                 leading = blocks.row_dimensions(p.shape)
                 columns = blocks.matrix_shape(p.shape)[1]
                 assert value.shape == (*p.shape[:leading], blocks.blocks_per_row(columns, SIZE))

@@ -93,7 +93,8 @@ def _convert_linear(name: str, layer: nn.Linear, recipe: Recipe, cache_weights: 
     if not isinstance(layer, ConvertedLinear):
         restore_linears(layer)
         adopt(layer, name)
-        converted.te_recipe, converted.te_loaded, converted.fp8_active = recipe, None, True
+        converted.te_recipe, converted.te_loaded = recipe, None
+        converted.fp8_active, converted.fp8_fallback = True, False
     converted.te_cache_weights, converted.te_cast_version = cache_weights, None
 
 

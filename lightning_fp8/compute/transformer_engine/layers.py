@@ -5,7 +5,8 @@ that was built, without memory, on the meta device. The class derives from both,
 true and what follows is all that behaves differently from Transformer Engine:
 
 * The state dict has no `_extra_state`; loading one that has it, as Transformer Engine's own do, leaves it aside.
-* Switched off (`fp8_autocast(enabled=False)`, `fp8_active`) a linear layer computes as the `nn.Linear` it also is.
+* Switched off (`fp8_autocast(enabled=False)`, `fp8_active`, `fp8_fallback`) a linear layer computes as the `nn.Linear`
+  it also is.
 * Any number of tokens goes: FP8 GEMMs want a multiple of 16 (MX: of 32), and zeros are padded, which change no scale.
 * The FP8 copy of a weight can be kept while the weight is the same, over the micro-batches of a step.
 * Where gradients are off or scales frozen, a forward pass leaves the histories as they are; Transformer Engine would
@@ -59,6 +60,7 @@ class ConvertedLinear(Converted, nn.Linear):
     fp8: bool
     fp8_meta: dict[str, Any]
     fp8_active: bool
+    fp8_fallback: bool
     te_recipe: Recipe
     te_cache_weights: bool
     te_cast_version: int | None  # the version of the weight whose FP8 copy is kept
@@ -66,7 +68,7 @@ class ConvertedLinear(Converted, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns x w^T + b for an input [..., K]."""
-        if not (self.fp8_active and fp8_enabled()):
+        if self.fp8_fallback or not (self.fp8_active and fp8_enabled()):
             return F.linear(input, self.weight, self.bias)
         tokens = input.numel() // self.in_features
         missing = -tokens % (32 if self.te_recipe.weight.granularity == "mx_1x32" else 16)
