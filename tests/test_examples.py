@@ -113,7 +113,7 @@ print(len(gemms), "FP8 GEMMs")
             "reuse_plugin_hf.py",
             2 * 7,
             r"loss ([\d.]+) nats a token, by chance ([\d.]+)",
-            lambda found, chance: found < 0.4 * chance,  # half of it, ln 8, for who sees but one token
+            lambda found, chance: found < 0.2 * chance,  # 0.12; with FP8 layers that do not learn 0.31
         ),
     ],
 )

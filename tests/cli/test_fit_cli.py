@@ -141,10 +141,10 @@ def test_an_evaluation_leaves_the_run_as_it_was(fit: Fit, capsys: pytest.Capture
     [
         (["--fp8.recipe", "{preset: tensorwise, high_precision: [weight_grad]}"], torch.bfloat16, 7, 2 * 7, MIXED),
         (
-            ["--fp8.recipe", "{grad_output: {format: e4m3}}", "--fp8.keep_high_precision", "['*q_proj']"],
+            ["--fp8.recipe", "{grad_output: {format: e4m3}}", "--fp8.keep_high_precision", "['*q_proj', '*k_proj']"],
             torch.bfloat16,
-            7,
-            3 * 7,
+            6,
+            3 * 6,
             {torch.float8_e4m3fn},
         ),
         (["--fp8.enabled", "false"], torch.float32, 0, 0, set()),
@@ -162,7 +162,7 @@ def test_fp8_options_reach_the_plugin(
     summary = yaml.safe_load(Path("run/summary.json").read_text())
     weights = torch.load("run/checkpoints/last.ckpt", weights_only=True)["state_dict"]
     assert {weight.dtype for weight in weights.values()} == {dtype}
-    assert summary["fp8/linears"] == linears  # q_proj out, but lm_head in, in the second case
+    assert summary["fp8/linears"] == linears  # in the second case q_proj and k_proj are out, but lm_head is in
 
 
 @pytest.mark.parametrize(("accumulate", "budget", "wanted"), [(1, "64", 4), (2, "0.1K", 4), (1, "65", 5)])
