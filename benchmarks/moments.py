@@ -25,9 +25,8 @@ import torch
 from torch import Tensor
 
 from lightning_fp8.numerics.rounding import dither, parameter_key
-from lightning_fp8.optim import fresh
 from lightning_fp8.optim.blocks import Rows, gather
-from lightning_fp8.optim.step import Moments
+from lightning_fp8.optim.step import MOMENTS, Moments
 
 BETA1, BLOCK = 0.9, 128
 ROWS, COLUMNS = 8, 200
@@ -62,7 +61,7 @@ class Int8Moments(NamedTuple):
         return unit / (2 - unit.abs()) * self.m_scale, (self.v_codes.float() / 255 * self.v_scale).square()
 
 
-FORMATS: dict[str, Any] = {**fresh.FORMATS, "int8": Int8Moments}
+FORMATS: dict[str, Any] = {**MOMENTS, "int8": Int8Moments}
 BLOCKS = {"int8": 32}  # FlashOptim's
 
 

@@ -97,8 +97,10 @@ def _logits(config: DecoderConfig, tokens: int) -> int:
 def _kept(
     config: DecoderConfig, blocks: int, batch: int, length: int, recipe: Recipe | None, recompute: Recompute
 ) -> int:
-    with FakeTensorMode(), _default_bf16():
+    with torch.device("meta"):
         model = Decoder(dataclasses.replace(config, num_layers=blocks), activation_checkpointing=recompute)
+    with FakeTensorMode(), _default_bf16():
+        _give_memory(model)
         if recipe is not None:
             convert_linears(model, recipe, backend="emulated")
             for layer in model.modules():
@@ -110,6 +112,14 @@ def _kept(
             kept: int = live.without(model)
         del loss
     return kept
+
+
+def _give_memory(model: nn.Module) -> None:
+    """Puts tensors of the mode that is on in the place of the model's, which fake ones cannot be swapped for."""
+    made = {p: nn.Parameter(torch.empty(p.shape)) for p in model.parameters()}
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            setattr(module, name, made[p])
 
 
 class DeviceMemory(NamedTuple):
