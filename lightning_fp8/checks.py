@@ -5,7 +5,7 @@ small learning rate adds; a schedule that ends in bf16 has to know where the end
 """
 
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
@@ -13,6 +13,28 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
+
+
+def check_converted(model: nn.Module, converted: Collection[str], kept: Mapping[str, str]) -> None:
+    """Asks for one linear layer at least that runs in FP8.
+
+    Args:
+        model: What was converted.
+        converted: Names of the layers that run in FP8.
+        kept: Name -> reason, of the others.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if converted:
+        return
+    linears = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    examples = {kept[name]: name for name in reversed(linears)}
+    reasons = "; ".join(f"{name}: {reason}" for reason, name in list(examples.items())[::-1][:3])
+    raise ValueError(
+        f"FP8Precision: {type(model).__name__} has no linear layer that can run in FP8"
+        f" ({reasons or 'it has no torch.nn.Linear'}). Remove the plugin, or widen what it may convert."
+    )
 
 
 def check_owns_all(model: nn.Module, optimizer: Optimizer) -> None:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_fp8.checks import (
+    check_converted,
     check_owns_all,
     check_owns_some,
     check_release,
@@ -173,14 +174,7 @@ class FabricFP8Precision(FabricPrecision):
             self.report = convert_to_transformer_engine(module, self.recipe, **options)
         else:
             self.report = convert_linears(module, self.recipe, backend=self.backend, **options)
-        if not self.report.converted:
-            linears = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
-            examples = {self.report.kept[name]: name for name in reversed(linears)}
-            reasons = "; ".join(f"{name}: {reason}" for reason, name in list(examples.items())[::-1][:3])
-            raise ValueError(
-                f"FP8Precision: {type(module).__name__} has no linear layer that can run in FP8"
-                f" ({reasons or 'it has no torch.nn.Linear'}). Remove the plugin, or widen what it may convert."
-            )
+        check_converted(module, self.report.converted, self.report.kept)
         keep_activations_in_fp8(module, self.fp8_activations)
         rank_zero_info(
             f"FP8: {len(self.report.converted)} linear layers converted, {len(self.report.kept)} kept in high"

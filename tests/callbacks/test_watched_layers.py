@@ -99,7 +99,7 @@ def test_a_layer_in_bf16_is_measured_as_if_it_were_cast_by_its_own_amax(prepared
 def test_transformer_engines_layers_have_figures_of_their_operands_alone():
     layer = ConvertedLinear.__new__(ConvertedLinear)
     torch.nn.Linear.__init__(layer, 32, 16)
-    layer.fp8_active = False
+    layer.fp8_active, layer.fp8_fallback = False, False
     tally = Tally(dict(linear_places("layer", layer)), torch.device("cpu"))
     watch_linear("layer", layer, tally)
     x = torch.randn(4, 32)

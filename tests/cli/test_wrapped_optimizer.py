@@ -44,7 +44,7 @@ def test_the_example_trains_and_resumes(prepared: Path, tmp_path: Path, monkeypa
         "seed": 7,
     }
     assert {int(state["step"]) for state in saved["state"].values()} == {4}
-    matrix = saved["state"][0]
+    matrix = saved["state"]["decoder.blocks.0.mlp.gate_proj.weight"]
     assert matrix["m_codes"].dtype is matrix["v_codes"].dtype is torch.uint8
     assert "mu_product" in matrix  # NAdam's own
 
