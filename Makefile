@@ -22,8 +22,10 @@ lint: $(VENV)/.installed-test
 type: $(VENV)/.installed-test
 	$(BIN)/mypy
 
+# A process for each core, and a thread for each process: most tests wait for others or are too small to share.
+WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 unit: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -m "slow and not gpu"

@@ -107,15 +107,20 @@ def advance(states: Iterable[DelayedScales], recipe: Recipe) -> None:
     rolled = torch.cat([running.unsqueeze(-1), old[..., :-1]], dim=-1)
     seen, finite = running >= 0, running.isfinite()
     history = torch.where((seen & finite).unsqueeze(-1), rolled, old)
+    scale = scales_of(history, recipe)
+    torch._foreach_copy_([layer.history for layer in layers], list(history.unbind()))
+    torch._foreach_copy_([layer.scale for layer in layers], list(scale.unbind()))
+    torch._foreach_add_([layer.nonfinite for layer in layers], list((seen & ~finite).long().unbind()))
+    torch._foreach_zero_(cells)
+    torch._foreach_add_(cells, _UNSEEN)
+
+
+def scales_of(history: Tensor, recipe: Recipe) -> Tensor:
+    """The scales [layers, 3] that follow from histories [layers, 3, H]; 0 for an operand that was always zero."""
     largest = (history.amax(dim=-1) if recipe.amax == "max" else history[..., 0]) * 2.0**recipe.margin
     largest = largest.clamp_max(torch.finfo(torch.float32).max)
     operands = [recipe.operand(role) for role in ROLES]
     scale = torch.stack(
         [scale_of(largest[:, i], o.number_format, power_of_two=o.power_of_two) for i, o in enumerate(operands)], dim=-1
     )
-    scale = torch.where(largest > 0, scale, 0.0)
-    torch._foreach_copy_([layer.history for layer in layers], list(history.unbind()))
-    torch._foreach_copy_([layer.scale for layer in layers], list(scale.unbind()))
-    torch._foreach_add_([layer.nonfinite for layer in layers], list((seen & ~finite).long().unbind()))
-    torch._foreach_zero_(cells)
-    torch._foreach_add_(cells, _UNSEEN)
+    return torch.where(largest > 0, scale, 0.0)

@@ -8,7 +8,9 @@ A layer of Transformer Engine's has its own tensors there instead: {"scale_fwd",
 "amax_history_bwd"}. Its scales multiply before a cast, and the first row of a history is of the step that runs.
 
 Only delayed scaling has state. Loading never fails for want of it: a layer without saved scales takes them from its
-tensors at the first step, as a new one does, and the caller is told which layers these are.
+tensors at the first step, as a new one does, and the caller is told which layers these are. It does fail for damage: a
+scale follows from its history, so one that does not was changed since it was saved, and would take its tensor to
+zeros or to NaN for as long as the history is long.
 """
 
 import dataclasses
@@ -19,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_fp8.compute.linear import FP8Linear
-from lightning_fp8.compute.recipe import Recipe
-from lightning_fp8.compute.scaling import DelayedScales
+from lightning_fp8.compute.recipe import ROLES, Recipe
+from lightning_fp8.compute.scaling import DelayedScales, scales_of
 from lightning_fp8.compute.transformer_engine.layers import ConvertedLinear
 
 _VERSION = 1
@@ -44,7 +46,7 @@ def load_fp8_state_dict(module: nn.Module, state: dict[str, Any]) -> str:
         Which layers could not take it over and why, in one line; empty if all could.
 
     Raises:
-        ValueError: The state is of a later version than this library knows.
+        ValueError: The state is of a later version than this library knows, or damaged.
     """
     if state.get("version", _VERSION) > _VERSION:
         raise ValueError(
@@ -61,6 +63,8 @@ def load_fp8_state_dict(module: nn.Module, state: dict[str, Any]) -> str:
         elif ("scale" in saved[name]) is isinstance(layer, ConvertedLinear):
             anew[name] = "the checkpoint's scales are of another backend"
         else:
+            if not isinstance(layer, ConvertedLinear):
+                _check(name, saved[name], layer.fp8_recipe)
             _load(layer, saved[name])
     if not anew:
         return ""
@@ -97,6 +101,20 @@ def _saved(layer: FP8Linear | ConvertedLinear) -> dict[str, Any]:
     if not tensors:
         return {}
     return {"recipe": _plain(_recipe(layer)), **{name: tensor.clone() for name, tensor in tensors.items()}}
+
+
+def _check(name: str, saved: dict[str, Any], recipe: Recipe) -> None:
+    """Refuses magnitudes that none can be, and scales that are not theirs."""
+    history, scale = saved["history"], saved["scale"]
+    expected = scales_of(history.unsqueeze(0), recipe)[0]
+    for i, role in enumerate(ROLES):
+        possible = bool((history[i].isfinite() & (history[i] >= 0)).all())
+        if not possible or not torch.isclose(scale[i], expected[i], rtol=1e-3, atol=0.0):
+            raise ValueError(
+                f"The checkpoint's FP8 scale of the {role} of {name!r} is {scale[i].item():.4g}, and its history of"
+                f" magnitudes, up to {history[i].max().item():.4g}, makes it {expected[i].item():.4g}: it is damaged."
+                " Resume from another checkpoint, or leave the FP8 state out to calibrate anew."
+            )
 
 
 def _load(layer: FP8Linear | ConvertedLinear, saved: dict[str, Any]) -> None:

@@ -50,6 +50,11 @@ class TokenFolder:
         else:
             self.manifest = Manifest.load(Path(path.removeprefix("file://"), MANIFEST_NAME))
 
+    @property
+    def is_local(self) -> bool:
+        """Whether its files are here, without fetching them."""
+        return not self._is_remote
+
     def file(self, name: str) -> Path:
         """A file of the folder, fetched first if it is not here.
 
@@ -84,6 +89,10 @@ class TokenBlocks:
         folder: The folder.
         split: "train" or "val".
         block_size: Tokens in a block.
+
+    Raises:
+        ValueError: There are not as many tokens as the manifest says, or a chunk is cut short. Of a set behind a URL,
+            chunks are looked at when they are fetched.
     """
 
     def __init__(self, folder: TokenFolder, split: str, block_size: int) -> None:
@@ -95,7 +104,18 @@ class TokenBlocks:
         # A header of uint32: the number of items, and one offset more than there are items.
         self._files = [(f"{split}/{chunk['filename']}", 4 * (chunk["chunk_size"] + 2)) for chunk in chunks]
         self.chunk_sizes = tuple(chunk["dim"] // block_size for chunk in chunks)
+        self._bytes = [
+            offset + chunk["dim"] * self._dtype.itemsize for (_, offset), chunk in zip(self._files, chunks, strict=True)
+        ]
         self._maps: OrderedDict[int, np.memmap] = OrderedDict()
+        indexed, prepared = sum(chunk["dim"] for chunk in chunks), folder.manifest.splits[split].tokens
+        if indexed != prepared:
+            raise ValueError(
+                f"{folder.path}: the {split} split has {indexed} tokens, and {prepared} were prepared: copy the folder"
+                " again, or prepare it again."
+            )
+        for chunk in range(len(chunks) if folder.is_local else 0):
+            self._check(chunk)
 
     def __len__(self) -> int:
         return sum(self.chunk_sizes)
@@ -106,9 +126,18 @@ class TokenBlocks:
     def read(self, chunk: int, block: int) -> torch.Tensor:
         """Block number `block` of a chunk, an int64 tensor [block_size]."""
         if chunk not in self._maps:
-            name, offset = self._files[chunk]
+            name, offset = self._check(chunk)
             self._maps[chunk] = np.memmap(self._folder.file(name), self._dtype, "r", offset)
             if len(self._maps) > OPEN_CHUNKS:
                 self._maps.popitem(last=False)
         start = block * self._block_size
         return torch.from_numpy(self._maps[chunk][start : start + self._block_size].astype(np.int64))
+
+    def _check(self, chunk: int) -> tuple[str, int]:
+        """The name of a chunk, all of which is there, and how long its header is."""
+        name, offset = self._files[chunk]
+        file = self._folder.file(name)
+        size = file.stat().st_size if file.exists() else 0
+        if size != self._bytes[chunk]:
+            raise ValueError(f"{file} has {size} bytes of {self._bytes[chunk]}: copy it again, or prepare it again.")
+        return name, offset

@@ -16,13 +16,15 @@ and not a surprise in the next step.
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_fp8.optim.groups import parameter_name
-from lightning_fp8.optim.shards import cut_alike
+from lightning_fp8.optim.shards import cut_alike, local_part
 
 KEPT_AS = ("moments", "block_size", "rounding")  # options of a group that say what its state means
+_MAGNITUDES = ("_max", "_scale", "_sq")  # how names end of what is never below zero; `v` is not either
 Missing = Callable[[Tensor, dict[str, Any], dict[str, Any]], set[str]]
 
 
@@ -40,7 +42,8 @@ def load_exactly(
         missing: (parameter, its group, its saved state) -> the fields that a step would look for in vain.
 
     Raises:
-        ValueError: Numbers were kept in another way than the optimizer keeps them, or are not all there.
+        ValueError: Numbers were kept in another way than the optimizer keeps them, are not all there, or are none that
+            a step makes.
     """
     saved: dict[str, Any] = {}
 
@@ -90,3 +93,19 @@ def _check(optimizer: Optimizer, state_dict: dict[str, Any], missing: Missing) -
                     f" {', '.join(sorted(lacking))}; it has {', '.join(state)}. It is of another optimizer or release:"
                     " load it there and bring its fp32 state (export_fp32_state, base_state_dict) here."
                 )
+            for name, value in (state or {}).items():
+                if isinstance(value, Tensor) and not _possible(name, value):
+                    raise ValueError(
+                        f"{kind}: {name} in the saved state of {parameter_name(group, number, index)!r} has values that"
+                        " are not finite, or below zero: it is damaged. Resume from another checkpoint."
+                    )
+
+
+@torch.no_grad()
+def _possible(name: str, value: Tensor) -> bool:
+    """Whether a step may have left this: steps whose gradients are not finite are skipped."""
+    value = local_part(value)
+    if not value.is_floating_point():
+        return True
+    least = 0.0 if name == "v" or name.endswith(_MAGNITUDES) else -torch.inf
+    return bool((value.isfinite() & (value >= least)).all())

@@ -87,10 +87,14 @@ def raised(figures: Iterable[Figure], alarms: Iterable[Alarm]) -> list[Raised]:
 _CAST = "FP8 does not hold this tensor; a finer granularity (rowwise, blockwise) or BF16 for this layer does."
 _OUTLIERS = "a few channels outgrow the rest and cost the others their precision; smooth or normalise what feeds them."
 _LOGITS = "softmax is about to be one-hot; use qk_norm, or lower the learning rate."
+_STUCK = "this layer is stuck: all of it is zero; look at what feeds it, and at what it feeds."
+_TINY = 2.0**-126  # the smallest normal number of fp32: anything else is zero to a GEMM
 
 DEFAULT_ALARMS: tuple[Alarm, ...] = (
     # Non-finite once is a step that is skipped; from sample to sample it is a cast that overflows.
     Alarm("amax", math.inf, ("input", "weight", "grad_output"), action="fallback", advice="NaN or infinity."),
+    # A layer that gives the same whatever it gets: what it reads, holds or learns from is zero throughout.
+    Alarm("amax", _TINY, ("input", "weight", "grad_output"), below=True, advice=_STUCK),
     # What a cast loses. E4M3 spans 2^17.8: a Gaussian loses 1e-5 of itself, an aligned SwiGLU pair half and more.
     Alarm("underflow", 0.05, ("input", "weight"), advice=_CAST),
     Alarm("underflow", 0.30, ("input", "weight"), action="fallback", advice=_CAST),

@@ -1,0 +1,257 @@
+"""The table of faults: what goes wrong, by what it is seen, how soon, and what cures it."""
+
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from arms import DEAD_LOSS_SCALE, SMALL, without_scales
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_fp8 import Recipe
+from lightning_fp8.data.synthetic import TokenSource, zipf
+from lightning_fp8.models import Decoder
+from lightning_fp8.numerics import E4M3, Format, quantize
+from lightning_fp8.numerics.quantize import dequantize
+from lightning_fp8.optim import FP8AdamW
+from runs import REWIND, Setup, skips
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A row.
+
+    Attributes:
+        name: What goes wrong.
+        onset: The first optimizer step with the fault, counted from 1.
+        detector: The metric, or the kind of event, by which the guard sees it.
+        within: Steps from the onset to the first alarm, at most.
+        clean: The run without the fault, in BF16 unless the row says otherwise.
+        broken: With it.
+        cured: With it, and with what the row's cure says; None where there is nothing but to tell.
+        cure: In words.
+        breaks_loss: Whether the broken run must end outside of the clean runs' range. Of a fault that is seen long
+            before the loss shows it, the metric is asserted on instead.
+        alarms_when_cured: Whether the cure acts on the alarm, which then is raised in the cured run too.
+    """
+
+    name: str
+    onset: int
+    detector: str
+    within: int
+    clean: Setup
+    broken: Setup
+    cured: Setup | None
+    cure: str
+    breaks_loss: bool = True
+    alarms_when_cured: bool = False
+
+
+@cache
+def rare_words() -> TokenSource:
+    """512 tokens, most of which are rare."""
+    return zipf()
+
+
+def moments(model: Decoder, lr: float, *, kind: type[FP8AdamW] = FP8AdamW, **options: Any) -> Optimizer:
+    defaults = {"betas": (0.9, 0.95), "weight_decay": 0.0, "track_health": True}
+    return kind(model.named_parameters(), lr=lr, **{**defaults, **options})
+
+
+class PerTensorE4M3(FP8AdamW):
+    """Both moments in E4M3, each with one linear scale a tensor: fp32 ones are rounded to it after each step.
+
+    The library has none such, for its smallest unit is a block of a row.
+    """
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        for state in self.state.values():
+            for name in ("m", "v"):
+                rows = state[name].reshape(-1, state[name].shape[-1])
+                state[name].copy_(dequantize(quantize(rows, E4M3)).view_as(state[name]))
+        return loss
+
+
+def unsaturated(scaled: Tensor, fmt: Format) -> Tensor:
+    """A cast that makes NaN of what is beyond the largest number."""
+    return torch.where(scaled.abs() <= fmt.max, scaled, torch.nan).to(fmt.dtype)
+
+
+class Jumps(Callback):
+    """From an onset on, in every other step, the inputs of all linear layers of the blocks are 64 times as large.
+
+    Their outputs are divided by it again: nothing changes but for casts.
+    """
+
+    def __init__(self, onset: int) -> None:
+        self.onset, self.factor = onset, 1.0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for name, layer in pl_module.named_modules():
+            if isinstance(layer, nn.Linear) and "blocks." in name:
+                layer.register_forward_pre_hook(lambda _, args: (args[0] * self.factor,))
+                layer.register_forward_hook(lambda _, args, y: y / self.factor)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        since = trainer.global_step + 1 - self.onset
+        self.factor = 64.0 if since >= 0 and since % 2 == 0 else 1.0
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.factor = 1.0
+
+
+class Aligned(Callback):
+    """From an onset on, a neuron of each MLP has gate = up = size * u, |u| = 1, and adds nothing to the output."""
+
+    def __init__(self, onset: int, size: float) -> None:
+        self.onset, self.size = onset, size
+
+    @torch.no_grad()
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step + 1 >= self.onset:
+            for block in pl_module.decoder.blocks:
+                row = block.mlp.gate_proj.weight[0]
+                block.mlp.gate_proj.weight[0] = block.mlp.up_proj.weight[0] = self.size * row / row.norm()
+                block.mlp.down_proj.weight[:, 0] = 0.0
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.on_train_batch_start(trainer, pl_module, None, 0)
+
+
+class Poison(Callback):
+    """Three batches hold random tokens, and the learning rate is 30 times as high for them."""
+
+    def __init__(self, onset: int) -> None:
+        self.bad = range(onset - 1, onset + 2)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx in self.bad:
+            generator = torch.Generator().manual_seed(batch_idx)
+            batch.copy_(torch.randint(pl_module.decoder.config.vocab_size, batch.shape, generator=generator))
+            for group in trainer.optimizers[0].param_groups:
+                group["lr"] *= 30  # the schedule sets it anew after the step
+
+
+class Stuck(Callback):
+    """From an onset on, the gain before a block's MLP is zero: what the MLP gets is zero and what it gives constant."""
+
+    def __init__(self, onset: int) -> None:
+        self.onset = onset
+
+    @torch.no_grad()
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step + 1 >= self.onset:
+            pl_module.decoder.blocks[1].mlp_norm.weight.zero_()
+
+
+TASK = Setup(skips, steps=150, lr=1e-2)
+FP8 = replace(TASK, recipe="tensorwise")
+LATE = replace(TASK, lr=1e-4)  # as late in a schedule, where updates are small
+IN_BF16 = replace(LATE, recipe="tensorwise", weights="bf16", sample_every=10)
+RARE = replace(TASK, source=rare_words, lr=3e-3)
+RARE_FP8 = replace(RARE, recipe="tensorwise")
+HIGH = replace(TASK, lr=0.3, steps=100)
+SPIKED = replace(FP8, faults=(partial(Poison, 70),))
+BENT = replace(FP8, faults=(partial(Aligned, 50, 30.0),))
+
+FAULTS = (
+    Fault(
+        name="weights rounded to nearest",
+        onset=1,
+        detector="stalled_updates",
+        within=10,
+        clean=LATE,
+        broken=replace(IN_BF16, optimizer=partial(moments, rounding="nearest")),
+        cured=replace(IN_BF16, optimizer=moments),
+        cure='rounding="stochastic"',
+    ),
+    Fault(
+        name="second moments in linear per-tensor E4M3, rare words",
+        onset=1,
+        detector="max_update",
+        within=20,
+        clean=RARE,
+        broken=replace(RARE_FP8, optimizer=partial(moments, kind=PerTensorE4M3, moments="fp32")),
+        cured=replace(RARE_FP8, optimizer=moments),
+        cure='moments="fp8"',
+    ),
+    Fault(
+        name="magnitudes jump 64-fold under delayed scaling",
+        onset=50,
+        detector="saturation",
+        within=5,
+        clean=TASK,
+        broken=replace(FP8, recipe=Recipe(scaling="delayed", history=1), faults=(partial(Jumps, 50),)),
+        cured=replace(FP8, faults=(partial(Jumps, 50),)),
+        cure="current scaling",
+    ),
+    Fault(
+        name="a cast that does not saturate",
+        onset=1,
+        detector="nonfinite",
+        within=5,
+        clean=TASK,
+        broken=replace(
+            FP8, recipe="delayed", during=partial(patch, "lightning_fp8.numerics.quantize._saturate", unsaturated)
+        ),
+        cured=replace(FP8, recipe="delayed"),
+        cure="clamp before the cast",
+    ),
+    Fault(
+        name="gate and up projection aligned",
+        onset=50,
+        detector="input underflow",
+        within=5,
+        clean=TASK,
+        broken=BENT,
+        cured=replace(BENT, config=replace(SMALL, smooth_swiglu=True)),
+        cure="smooth_swiglu",
+        breaks_loss=False,
+    ),
+    Fault(
+        name="learning rate 0.3 without QK-norm",
+        onset=1,
+        detector="logit_max",
+        within=50,
+        clean=HIGH,
+        broken=replace(HIGH, recipe="tensorwise", config=replace(SMALL, qk_norm=False)),
+        cured=replace(HIGH, recipe="tensorwise"),
+        cure="qk_norm",
+    ),
+    Fault(
+        name="three poisoned batches",
+        onset=70,
+        detector="spike",
+        within=10,
+        clean=TASK,
+        broken=SPIKED,
+        cured=replace(SPIKED, guard=(("rewind", REWIND),)),
+        cure="FP8Guard rewinds and leaves them out",
+        alarms_when_cured=True,
+    ),
+    Fault(
+        name="gradients that are not scaled",
+        onset=1,
+        detector="grad_output underflow",
+        within=5,
+        clean=TASK,
+        broken=replace(TASK, prepare=without_scales, loss_scale=DEAD_LOSS_SCALE),
+        cured=replace(FP8, loss_scale=DEAD_LOSS_SCALE),
+        cure="a scale",
+    ),
+    Fault(
+        name="a layer that is stuck",
+        onset=50,
+        detector="input amax",
+        within=5,
+        clean=TASK,
+        broken=replace(FP8, faults=(partial(Stuck, 50),)),
+        cured=None,
+        cure="none: it is told",
+        breaks_loss=False,
+    ),
+)
