@@ -82,7 +82,7 @@ def unsaturated(scaled: Tensor, fmt: Format) -> Tensor:
 
 
 class Jumps(Callback):
-    """From an onset on, in every other step, the inputs of all linear layers of the blocks are 64 times as large.
+    """From an onset on, in every fifth step, the inputs of all linear layers of the blocks are 64 times as large.
 
     Their outputs are divided by it again: nothing changes but for casts.
     """
@@ -98,7 +98,7 @@ class Jumps(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         since = trainer.global_step + 1 - self.onset
-        self.factor = 64.0 if since >= 0 and since % 2 == 0 else 1.0
+        self.factor = 64.0 if since >= 0 and since % 5 == 0 else 1.0
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.factor = 1.0
@@ -185,7 +185,7 @@ FAULTS = (
         detector="saturation",
         within=5,
         clean=TASK,
-        broken=replace(FP8, recipe=Recipe(scaling="delayed", history=1), faults=(partial(Jumps, 50),)),
+        broken=replace(FP8, recipe=Recipe(scaling="delayed", history=4), faults=(partial(Jumps, 50),)),
         cured=replace(FP8, faults=(partial(Jumps, 50),)),
         cure="current scaling",
     ),
