@@ -10,6 +10,7 @@ from arms import DEAD_LOSS_SCALE, SMALL, without_scales
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from trials import REWIND, Setup, skips
 
 from lightning_fp8 import Recipe
 from lightning_fp8.data.synthetic import TokenSource, zipf
@@ -17,7 +18,6 @@ from lightning_fp8.models import Decoder
 from lightning_fp8.numerics import E4M3, Format, quantize
 from lightning_fp8.numerics.quantize import dequantize
 from lightning_fp8.optim import FP8AdamW
-from runs import REWIND, Setup, skips
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ from statistics import stdev
 
 import pytest
 from faults import FAULTS, Fault
-
-from runs import Run, Setup, run
+from trials import Run, Setup, run
 
 SEEDS = (0, 1, 2)
 

@@ -14,10 +14,10 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from small_models import QUIET
 from torch.utils.data import DataLoader, Subset
+from trials import BATCH, LENGTH, Setup, Toy, skips
 
 from lightning_fp8 import FP8Precision
 from lightning_fp8.data.synthetic import SyntheticBatches
-from runs import BATCH, LENGTH, Setup, Toy, skips
 
 SETUP = Setup(skips, steps=60, lr=1e-2, optimizer=moments)
 SAVED_AT = 30

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from arms import DEAD_LOSS_SCALE, without_scales
 from faults import moments
-from runs import Setup, run, skips
+from trials import Setup, run, skips
 
 SEEDS = (0, 1, 2)
 BF16 = Setup(skips, steps=300, lr=1e-2, sample_every=300)

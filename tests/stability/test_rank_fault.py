@@ -9,8 +9,7 @@ import pytest
 import torch.distributed as dist
 from lightning.pytorch import Callback
 from ranks import spawn
-
-from runs import Setup, run, skips
+from trials import Setup, run, skips
 
 SEEDS, ONSET, WITHIN = (0, 1, 2), 40, 5
 TASK = Setup(skips, steps=80, lr=1e-2)
