@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 from faults import FP8, Aligned
-from runs import run
+from trials import run
 
 from lightning_fp8.callbacks.guard import FallbackRule
 
