@@ -15,6 +15,10 @@ class WaitingLosses:
     """The losses of steps that were not read yet, and those that were read and not used yet."""
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all."""
         self._parts: list[Tensor] = []  # of micro-batches
         self._ends: list[int] = []  # of steps, in `_parts`
         self._read: list[float] = []
@@ -42,10 +46,6 @@ class WaitingLosses:
         """The mean losses of the steps that were read, which are then forgotten."""
         taken, self._read = self._read, []
         return taken
-
-    def clear(self) -> None:
-        """Forgets all."""
-        self.__init__()  # type: ignore[misc]
 
     def state_dict(self) -> list[float]:
         """The losses of all steps that were not used yet; reads them, on all ranks."""
