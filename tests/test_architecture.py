@@ -58,6 +58,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "models.accounting": ("models.config", "models.decoder"),
     "checkpoint": ("models", "numerics", "data.tokenizer"),
     "callbacks": ("*",),
+    "parity": ("callbacks", "metrics", "hardware"),
     "cli": ("*", "cli"),
 }
 # These import torch (and what is named here) alone: no other package.
@@ -244,11 +245,14 @@ def test_package_keeps_the_rule(rule: Callable[[Source], Complaints]) -> None:
         (direction, "models.decoder", "from lightning_fp8.compute import FP8Linear"),
         (direction, "models.lit", "from lightning_fp8.precision import FP8Precision"),
         (direction, "callbacks.report", "from lightning_fp8.cli import main"),
+        (direction, "parity.run", "from lightning_fp8.cli.fit import start"),
+        (direction, "parity.arms", "from lightning_fp8.optim import FP8AdamW"),
         (direction, "nowhere", ""),
         (purity, "models.generate", "import numpy"),
         (purity, "models.decoder", "if TYPE_CHECKING:\n    from lightning import Trainer"),
         (purity, "metrics.perplexity", "import lightning"),
         (lightning_at_the_edge, "compute.convert", "from lightning.pytorch import Trainer"),
+        (lightning_at_the_edge, "parity.run", "from lightning.pytorch import Trainer"),
         (lightning_at_the_edge, "data.tokenizer", "def f():\n    import lightning_utilities.core"),
         (heavy_imports_where_used, "callbacks.plots", "from matplotlib.figure import Figure"),
         (heavy_imports_where_used, "kernels.adamw", "try:\n    import triton\nexcept ImportError: pass"),

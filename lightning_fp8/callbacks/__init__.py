@@ -2,6 +2,7 @@
 
 from lightning_fp8.callbacks.checkpoint import LastCheckpoint
 from lightning_fp8.callbacks.clipping import AdaptiveClipping
+from lightning_fp8.callbacks.dead_blocks import DeadBlocks
 from lightning_fp8.callbacks.gradients import FP8Gradients
 from lightning_fp8.callbacks.guard import FP8Guard
 from lightning_fp8.callbacks.monitor import FP8Monitor
@@ -10,10 +11,12 @@ from lightning_fp8.callbacks.readings import Figure, Reading
 from lightning_fp8.callbacks.report import RunReport
 from lightning_fp8.callbacks.run_log import RunLog
 from lightning_fp8.callbacks.start import StartReport
+from lightning_fp8.callbacks.step_sizes import StepSizes
 from lightning_fp8.callbacks.throughput import Throughput
 
 __all__ = [
     "AdaptiveClipping",
+    "DeadBlocks",
     "FP8Gradients",
     "FP8Guard",
     "FP8Monitor",
@@ -24,5 +27,6 @@ __all__ = [
     "RunReport",
     "StartReport",
     "StepProgress",
+    "StepSizes",
     "Throughput",
 ]

@@ -4,17 +4,15 @@ A run that was killed has a page too: each part is there if what it is made of i
 content to HTML; pictures are drawn anew and lie in the page as data.
 """
 
-import base64
 import json
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from html import escape
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from lightning_fp8.callbacks.html import document, picture, tabulate
 from lightning_fp8.callbacks.plots import plot_loss, plot_series, series
 from lightning_fp8.callbacks.readings import Reading
 from lightning_fp8.callbacks.run_log import RunLog
@@ -23,13 +21,6 @@ from lightning_fp8.callbacks.watch.limits import limit, worst_layers
 from lightning_fp8.callbacks.watch.pictures import draw_heat_map, draw_layers
 
 WORST = 20
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }
-h1 { font-size: 1.6em } h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 1px solid #ccc }
-table { border-collapse: collapse } td, th { padding: .15em .8em .15em 0; text-align: left; vertical-align: top }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums } tr.bad { color: #b00020; font-weight: 600 }
-img { max-width: 100% } pre { background: #f6f6f6; padding: 1em; overflow-x: auto } .note { color: #666 }
-"""
 
 
 @dataclass(frozen=True)
@@ -77,12 +68,12 @@ def write_page(run: Run, path: Path, reference: Run | None = None) -> None:
     """Writes the page of `run` to `path`; with a reference, the gap to its loss."""
     parts = {
         "Summary": _summary(run),
-        "Loss": _picture(partial(plot_loss, run.rows), "loss over steps"),
+        "Loss": picture(partial(plot_loss, run.rows), "loss over steps"),
         "Gap to the reference": _gap(run, reference) if reference else "",
         "Events": _events(run.events),
         "Worst layers": _worst(run.readings),
-        "Layers over steps": _picture(partial(draw_heat_map, run.readings), "a heat map of the layers"),
-        "Layers at the last reading": _picture(partial(draw_layers, run.readings), "figures of each layer")
+        "Layers over steps": picture(partial(draw_heat_map, run.readings), "a heat map of the layers"),
+        "Layers at the last reading": picture(partial(draw_layers, run.readings), "figures of each layer")
         if run.readings
         else "",
         "Throughput": _curve(run, "tokens_per_second", "tokens a second"),
@@ -91,12 +82,7 @@ def write_page(run: Run, path: Path, reference: Run | None = None) -> None:
         if run.config
         else "",
     }
-    body = "".join(f"<section><h2>{escape(title)}</h2>{part}</section>" for title, part in parts.items() if part)
-    page = (
-        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{escape(run.name)}</title>'
-        f"<style>{_STYLE}</style></head><body><h1>{escape(run.name)}</h1>{body}</body></html>\n"
-    )
-    path.write_text(page)
+    path.write_text(document(run.name, parts))
 
 
 def loss_gap(run: Run, reference: Run) -> tuple[list[int], list[float]]:
@@ -116,7 +102,7 @@ def _summary(run: Run) -> str:
     if steps:
         shown = {"steps": f"{steps[-1]:,}", "last training loss": f"{losses[-1]:.4f}"} | shown
     note = "" if run.summary else '<p class="note">There is no summary.json: the run is not over, or was killed.</p>'
-    return note + _rows([], [[name, value] for name, value in shown.items()])
+    return note + tabulate([], [[name, value] for name, value in shown.items()])
 
 
 def _bytes(per_param: dict[str, float]) -> str:
@@ -131,12 +117,12 @@ def _gap(run: Run, reference: Run) -> str:
     last = gaps[-max(1, len(gaps) // 10) :]
     said = f"Over the last tenth of {len(gaps)} common steps: {sum(last) / len(last):+.3%} of {escape(reference.name)}."
     rows = [{"step": str(step - 1), "gap": str(100 * gap)} for step, gap in zip(steps, gaps, strict=True)]
-    return f"<p>{said}</p>" + _picture(partial(plot_series, rows, "gap", "gap, %"), "relative loss gap over steps")
+    return f"<p>{said}</p>" + picture(partial(plot_series, rows, "gap", "gap, %"), "relative loss gap over steps")
 
 
 def _events(events: Sequence[dict[str, Any]]) -> str:
     columns = ("step", "kind", "layer", "message")
-    return _rows(columns, [[str(event.get(c) or "") for c in columns] for event in events]) if events else ""
+    return tabulate(columns, [[str(event.get(c) or "") for c in columns] for event in events]) if events else ""
 
 
 def _worst(readings: Sequence[Reading]) -> str:
@@ -148,7 +134,7 @@ def _worst(readings: Sequence[Reading]) -> str:
         bad.append(severity > 1)
     note = '<p class="note">The worst figure of each layer and operand over the run; beyond the limit in red.</p>'
     columns = ("layer", "operand", "step", "metric", "figure", "limit", "x limit")
-    return note + _rows(columns, lines, bad) if lines else ""
+    return note + tabulate(columns, lines, bad) if lines else ""
 
 
 def _memory(run: Run) -> str:
@@ -158,36 +144,7 @@ def _memory(run: Run) -> str:
 
 
 def _curve(run: Run, name: str, label: str) -> str:
-    return _picture(partial(plot_series, run.rows, name, label), f"{label} over steps")
-
-
-def _picture(draw: Callable[[BytesIO], None], description: str) -> str:
-    """An image that `draw` writes, in the page itself; nothing if it writes none."""
-    file = BytesIO()
-    draw(file)
-    data = base64.b64encode(file.getvalue()).decode()
-    return f'<img alt="{escape(description)}" src="data:image/png;base64,{data}">' if data else ""
-
-
-def _rows(head: Sequence[str], lines: Sequence[Sequence[str]], bad: Sequence[bool] = ()) -> str:
-    def row(cells: Sequence[str], tag: str, mark: str = "") -> str:
-        return f"<tr{mark}>{''.join(_cell(cell, tag) for cell in cells)}</tr>"
-
-    marks = [' class="bad"' if is_bad else "" for is_bad in bad] or [""] * len(lines)
-    top = row(head, "th") if head else ""
-    return f"<table>{top}{''.join(row(cells, 'td', mark) for cells, mark in zip(lines, marks, strict=True))}</table>"
-
-
-def _cell(text: str, tag: str) -> str:
-    mark = ' class="n"' if _is_number(text) else ""
-    return f"<{tag}{mark}>{escape(text)}</{tag}>"
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return not math.isnan(float(text.replace(",", "")))
-    except ValueError:
-        return False
+    return picture(partial(plot_series, run.rows, name, label), f"{label} over steps")
 
 
 def _json_lines(text: str) -> list[dict[str, Any]]:

@@ -19,6 +19,8 @@ VERBS = {
     "import": ("lightning_fp8.cli.exchange", "turn a Hugging Face model into a checkpoint"),
     "export": ("lightning_fp8.cli.exchange", "write a checkpoint as a Hugging Face model"),
     "report": ("lightning_fp8.cli.report", "write one HTML page of a run"),
+    "parity": ("lightning_fp8.cli.parity", "train a configuration in BF16 and FP8, paired, and compare the losses"),
+    "sweep-lr": ("lightning_fp8.cli.sweep_lr", "loss against learning rate, in BF16 and FP8"),
     "plan": ("lightning_fp8.cli.plan", "which layers of a configuration run in FP8, and what that gains"),
     "estimate": ("lightning_fp8.cli.estimate", "memory of weights, gradients and optimizer state"),
     "doctor": ("lightning_fp8.cli.doctor", "check this machine and what is installed on it"),

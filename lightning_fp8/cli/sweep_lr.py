@@ -1,0 +1,57 @@
+"""`lightning-fp8 sweep-lr`: the loss of each arm over learning rates, and how sensitive to them it is."""
+
+import math
+import shlex
+
+from lightning_fp8.cli.comparison import ShortErrors, check, configuration, parser
+from lightning_fp8.parity.arms import choose
+from lightning_fp8.parity.outcome import read_outcome
+from lightning_fp8.parity.run import run as carry_out
+from lightning_fp8.parity.sweep import DECADES, Sweep, markdown, rates_around, write
+from lightning_fp8.parity.trials import Trial, learning_rate, trial
+
+DESCRIPTION = """\
+Does FP8 make the learning rate matter more? Trains each arm at rates over three decades around the configuration's,
+and gives the loss at each and the sensitivity: how much a wrong rate costs on average, in nats. Call again to go on
+after a kill.
+"""
+
+
+def options() -> ShortErrors:
+    """The options of the verb."""
+    made = parser("sweep-lr", DESCRIPTION, "runs/sweep-lr")
+    made.add_argument("--rates", type=float, nargs="+", help="at even distances on a log scale, instead of --count")
+    made.add_argument("--count", type=int, default=7, help=f"rates over {DECADES:g} decades (default: 7)")
+    made.set_defaults(seeds=[0])
+    return made
+
+
+def run(args: list[str]) -> None:
+    """Sweeps, for the options in `args`, the verb first."""
+    given, of_fit = options().parse_known_args(args[1:])
+    check(given)
+    if given.rates and (min(given.rates) <= 0 or len(set(given.rates)) < max(2, len(given.rates))):
+        raise ValueError("--rates needs two learning rates or more, above 0 and different.")
+    arms = choose(given.arms)
+    configs = {arm.name: configuration(given.config, arm, of_fit) for arm in arms}
+    first = configs[arms[0].name]
+    rates = sorted(given.rates) if given.rates else rates_around(learning_rate(first), given.count)
+    trials = [
+        trial(arm.name, configs[arm.name], seed, given.output / "trials", steps=given.steps, rate=rate)
+        for seed in given.seeds
+        for rate in rates
+        for arm in arms
+    ]
+    failures = carry_out(trials, jobs=given.jobs)
+    done = [one for one in trials if one.name not in failures]
+    losses = {arm.name: {rate: _losses(done, arm.name, rate) for rate in rates} for arm in arms}
+    unlearnt = math.log(first["model"]["config"]["vocab_size"])
+    sweep = Sweep(rates, given.seeds, losses, unlearnt, failures)
+    print(markdown(write(sweep, given.output, shlex.join(["lightning-fp8", *args]))))
+    print(given.output / "sweep.html")
+    if failures:
+        raise SystemExit(1)
+
+
+def _losses(done: list[Trial], arm: str, rate: float) -> dict[int, float]:
+    return {one.seed: read_outcome(one.place).loss for one in done if (one.arm, one.rate) == (arm, rate)}
