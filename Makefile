@@ -1,11 +1,13 @@
 # make train   install, prepare the quickstart text, train the quickstart model in FP8
 # make test    install with the test extra, then lint, type-check and test (what CI runs)
+# make evidence         under an hour on two cores: the comparisons of docs/evidence.md, shortened
+# make evidence-full    hours: the same as committed; goes on where it was stopped
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 DATA   := data/quickstart
 
-.PHONY: train test lint type unit test-slow test-oldest clean
+.PHONY: train test lint type unit test-slow test-oldest evidence evidence-full clean
 
 train: $(DATA)/manifest.json
 	$(BIN)/lightning-fp8 fit --config configs/quickstart.yaml
@@ -29,6 +31,12 @@ unit: $(VENV)/.installed-test
 
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -m "slow and not gpu"
+
+evidence: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/evidence.py --profile short
+
+evidence-full: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/evidence.py --profile full
 
 # The lower bounds of pyproject.toml, on Python 3.12 where there is one (what GPU images ship), else on $(PYTHON).
 OLDEST_PYTHON ?= $(shell python3.12 -c '' 2>/dev/null && echo python3.12 || echo $(PYTHON))

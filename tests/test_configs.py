@@ -19,6 +19,17 @@ COMMANDS: dict[Path, list[str]] = {
         for path in sorted(CONFIGS.glob(f"{folder}/*.yaml"))
     },
     **{path: ["prepare", "--config", str(path)] for path in sorted(CONFIGS.glob("data/*.yaml"))},
+    **{
+        CONFIGS / "evidence" / f"{name}.yaml": [
+            "fit",
+            *(word for file in (*before, f"evidence/{name}.yaml") for word in ("--config", str(CONFIGS / file))),
+        ]
+        for name, before in {
+            "skip-bigram": (),
+            "zipf": ("evidence/skip-bigram.yaml",),
+            **dict.fromkeys(("text", "26m", "150m"), ("quickstart.yaml",)),
+        }.items()
+    },
 }
 
 

@@ -45,9 +45,10 @@ def _weights(optimizer: Optimizer) -> list[Tensor]:
 
 def _norm(tensors: list[Tensor]) -> Tensor:
     norms = torch.stack([_whole(torch.linalg.vector_norm(t, dtype=torch.float32)) for t in tensors])
-    return torch.linalg.vector_norm(norms)
+    total: Tensor = torch.linalg.vector_norm(norms)
+    return total
 
 
 def _whole(norm: Tensor) -> Tensor:
-    whole: Tensor = norm.full_tensor() if isinstance(norm, DTensor) else norm  # type: ignore[no-untyped-call]
+    whole: Tensor = norm.full_tensor() if isinstance(norm, DTensor) else norm
     return whole

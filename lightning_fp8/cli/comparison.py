@@ -34,9 +34,7 @@ def parser(verb: str, description: str, output: str) -> ShortErrors:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    made.add_argument(
-        "-c", "--config", action="append", default=[], metavar="FILE", help="of `fit`; several merge"
-    )
+    made.add_argument("-c", "--config", action="append", default=[], metavar="FILE", help="of `fit`; several merge")
     made.add_argument("--arms", nargs="+", default=list(DEFAULT), metavar="ARM", help="names, or NAME=overlay.yaml")
     made.add_argument("--steps", type=int, help="optimizer steps of each run (default: the configuration's)")
     made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of weights and data (default: 0 1 2)")

@@ -27,9 +27,7 @@ arms:
 def options() -> ShortErrors:
     """The options of the verb."""
     made = parser("parity", DESCRIPTION, "runs/parity")
-    made.add_argument(
-        "--bar", type=float, default=100 * BAR, help="percent; gaps within are parity (%(default)s)"
-    )
+    made.add_argument("--bar", type=float, default=100 * BAR, help="percent; gaps within are parity (%(default)s)")
     made.add_argument("--no-control", action="store_true", help="leave out the dead-block control")
     made.add_argument(
         "--runs",

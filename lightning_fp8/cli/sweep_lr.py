@@ -2,13 +2,15 @@
 
 import math
 import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from lightning_fp8.cli.comparison import ShortErrors, check, configuration, parser
 from lightning_fp8.parity.arms import choose
 from lightning_fp8.parity.outcome import read_outcome
 from lightning_fp8.parity.run import run as carry_out
 from lightning_fp8.parity.sweep import DECADES, Sweep, markdown, rates_around, write
-from lightning_fp8.parity.trials import Trial, learning_rate, trial
+from lightning_fp8.parity.trials import Config, Trial, learning_rate, trial
 
 DESCRIPTION = """\
 Does FP8 make the learning rate matter more? Trains each arm at rates over three decades around the configuration's,
@@ -34,23 +36,34 @@ def run(args: list[str]) -> None:
         raise ValueError("--rates needs two learning rates or more, above 0 and different.")
     arms = choose(given.arms)
     configs = {arm.name: configuration(given.config, arm, of_fit) for arm in arms}
-    first = configs[arms[0].name]
-    rates = sorted(given.rates) if given.rates else rates_around(learning_rate(first), given.count)
-    trials = [
-        trial(arm.name, configs[arm.name], seed, given.output / "trials", steps=given.steps, rate=rate)
-        for seed in given.seeds
-        for rate in rates
-        for arm in arms
-    ]
-    failures = carry_out(trials, jobs=given.jobs)
-    done = [one for one in trials if one.name not in failures]
-    losses = {arm.name: {rate: _losses(done, arm.name, rate) for rate in rates} for arm in arms}
-    unlearnt = math.log(first["model"]["config"]["vocab_size"])
-    sweep = Sweep(rates, given.seeds, losses, unlearnt, failures)
+    rates = sorted(given.rates) if given.rates else rates_around(learning_rate(configs[arms[0].name]), given.count)
+    sweep = swept(configs, rates, given.seeds, given.output, given.steps, given.jobs)
     print(markdown(write(sweep, given.output, shlex.join(["lightning-fp8", *args]))))
     print(given.output / "sweep.html")
-    if failures:
+    if sweep.failures:
         raise SystemExit(1)
+
+
+def swept(
+    configs: Mapping[str, Config],
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    output: Path,
+    steps: int | None,
+    jobs: int,
+) -> Sweep:
+    """Trains each arm's configuration at each rate with each seed; arms take turns, so an early look shows all."""
+    trials = [
+        trial(arm, config, seed, output / "trials", steps=steps, rate=rate)
+        for seed in seeds
+        for rate in rates
+        for arm, config in configs.items()
+    ]
+    failures = carry_out(trials, jobs=jobs)
+    done = [one for one in trials if one.name not in failures]
+    losses = {arm: {rate: _losses(done, arm, rate) for rate in rates} for arm in configs}
+    vocabulary = next(iter(configs.values()))["model"]["config"]["vocab_size"]
+    return Sweep(rates, seeds, losses, math.log(vocabulary), failures)
 
 
 def _losses(done: list[Trial], arm: str, rate: float) -> dict[int, float]:

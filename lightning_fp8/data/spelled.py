@@ -50,7 +50,7 @@ class Spelled:
 
 
 def word(token: int) -> str:
-    """How a token is spelled: Aa, Ab, …, Ba, …
+    """How a token is spelled: 0 is Aa, 26 is Ba.
 
     Raises:
         ValueError: There are only 676 such words.

@@ -1,9 +1,6 @@
-import numpy as np
 import pytest
-import torch
 
-from lightning_fp8.data import prepare
-from lightning_fp8.data.folder import TokenBlocks, TokenFolder
+from lightning_fp8.data import TokenDataModule, prepare
 from lightning_fp8.data.spelled import Spelled, spelling, word
 from lightning_fp8.data.synthetic import zipf
 
@@ -26,17 +23,12 @@ def test_what_is_prepared_is_what_the_source_drew(tmp_path) -> None:
     prepare(
         [], str(tmp_path / "data"), generator=generator, tokenizer=str(tmp_path / "tokenizer.json"), val_fraction=0.3
     )
-    folder = TokenFolder(str(tmp_path / "data"))
-    kept = sum(split.documents for split in folder.manifest.splits.values())
-    assert kept == 12
-    source = zipf()
-    drawn = {tuple(source.batch(number, 1, 300)[0].tolist()) for number in range(12)}
-    for name in ("train", "val"):
-        blocks = TokenBlocks(folder, name, 301)  # a document and its end
-        for index in range(folder.manifest.splits[name].documents):
-            tokens = torch.as_tensor(np.asarray(blocks[index])).long()
-            assert tuple((tokens[:-1] - 257).tolist()) in drawn
-            assert tokens[-1] == 0
+    data = TokenDataModule(str(tmp_path / "data"), sequence_length=300, batch_size=1)
+    data.setup()
+    blocks = [batch[0].tolist() for loader in (data.train_dataloader(), data.val_dataloader()) for batch in loader]
+    drawn = {tuple(zipf().batch(number, 1, 300)[0].tolist()) for number in range(12)}
+    assert {block[-1] for block in blocks} == {0}  # a block is a document and its end
+    assert {tuple(token - 257 for token in block[:-1]) for block in blocks} == drawn
 
 
 def test_an_unknown_source_is_told() -> None:
