@@ -61,6 +61,8 @@ def _section(name: str, found: Mapping[str, Any]) -> str:
 
 
 def _parity(name: str, found: Mapping[str, Any]) -> str:
+    if name == "ledger":
+        return f"{report.costs(found)}\n    {found['command']}\n"
     return (f"{bars(found)}\n\n" if name in JUDGED else "") + report.markdown(found)
 
 

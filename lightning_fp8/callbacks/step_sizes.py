@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 class StepSizes(Callback):
     """Logs `grad_norm`, before clipping, and `update_ratio`, |W_after - W_before| / |W| over all weights.
 
-    At the Trainer's logging interval; weights are copied for that one step. Where gradients are released in backward
-    there is never a norm of all of them, and only the update is logged.
+    At the Trainer's logging interval; weights are copied for that one step. Where gradients are released, backward
+    has moved the weights before there is anything to measure, and nothing is logged.
     """
 
     def __init__(self) -> None:
@@ -25,8 +25,9 @@ class StepSizes(Callback):
             return
         weights = _weights(optimizer)
         grads = [p.grad for p in weights if p.grad is not None]
-        if grads:
-            pl_module.log("grad_norm", _norm(grads))
+        if not grads:
+            return
+        pl_module.log("grad_norm", _norm(grads))
         self._before = [p.detach().clone() for p in weights]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:

@@ -65,15 +65,24 @@ def write(comparison: Comparison, folder: Path, command: str) -> Figures:
 
 
 def markdown(found: Mapping[str, Any]) -> str:
-    """The tables of `parity.json`."""
-    lines = [found["verdict"], "", *_table(_HEAD, _loss_rows(found)), "", *_table(_COST_HEAD, _cost_rows(found)), ""]
+    """All of `parity.json`."""
+    lines = [found["verdict"], "", *_table(_HEAD, _loss_rows(found)), "", costs(found)]
+    return "\n".join([*lines, _conditions(found), "", f"    {found['command']}", ""])
+
+
+def costs(found: Mapping[str, Any]) -> str:
+    """What the arms of `parity.json` are, and take in time and memory."""
+    lines = [*_table(_COST_HEAD, _cost_rows(found)), ""]
     lines += [f"- {name}: {arm['about']}" for name, arm in found["arms"].items()]
     lines += [f"- {name} failed: {why}" for name, why in found["failures"].items()]
-    return "\n".join([*lines, "", f"{_conditions(found)}", "", f"    {found['command']}", ""])
+    return "\n".join([*lines, ""])
 
 
 def _overall(comparison: Comparison) -> str:
-    said = [f"{result.name}: **{result.verdict}** ({MEANINGS[str(result.verdict)]})." for result in comparison.compared]
+    by_verdict: dict[str, list[str]] = {}
+    for result in comparison.compared:
+        by_verdict.setdefault(str(result.verdict), []).append(result.name)
+    said = [f"{', '.join(names)}: **{verdict}** ({MEANINGS[verdict]})." for verdict, names in by_verdict.items()]
     if len(comparison.seeds) == 1:
         said.append("One seed: a gap has no interval, so nothing is decided.")
     if comparison.control is None:

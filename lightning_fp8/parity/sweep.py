@@ -63,7 +63,7 @@ def rates_around(centre: float, count: int, decades: float = DECADES) -> list[fl
 
 
 def figures(sweep: Sweep, command: str) -> dict[str, Any]:
-    """All that is reported, as plain values; a loss that is not finite is None."""
+    """All that is reported, as plain values; a loss that is not finite is None, that of a failure is missing."""
     arms = list(sweep.losses)
     sensitivities = {arm: sweep.sensitivity(arm) for arm in arms}
     first = sensitivities[arms[0]]
@@ -77,7 +77,7 @@ def figures(sweep: Sweep, command: str) -> dict[str, Any]:
         "sensitivity": sensitivities,
         "ratio": {arm: own / first if first and own is not None else None for arm, own in sensitivities.items()},
         "losses": {
-            arm: {f"{rate:.3g}": [_finite(found.get(seed)) for seed in sweep.seeds] for rate, found in by_rate.items()}
+            arm: {f"{rate:.3g}": [_finite(loss) for loss in found.values()] for rate, found in by_rate.items()}
             for arm, by_rate in sweep.losses.items()
         },
         "failures": dict(sweep.failures),
@@ -137,14 +137,16 @@ def _rows(found: Mapping[str, Any]) -> list[list[str]]:
     rows = []
     for arm, losses in found["losses"].items():
         own, ratio = found["sensitivity"][arm], found["ratio"][arm]
-        means = [_mean(losses[f"{rate:.3g}"]) for rate in found["rates"]]
+        means = [_mean(losses.get(f"{rate:.3g}", []), len(found["seeds"])) for rate in found["rates"]]
         rows.append([arm, *means, "-" if own is None else f"{own:.4f}", "-" if ratio is None else f"{ratio:.3f}"])
     return rows
 
 
-def _mean(losses: Sequence[float | None]) -> str:
+def _mean(losses: Sequence[float | None], seeds: int) -> str:
+    if len(losses) < seeds:
+        return "failed"
     known = [loss for loss in losses if loss is not None]
-    return f"{statistics.fmean(known):.4f}" if len(known) == len(losses) else "diverged"
+    return f"{statistics.fmean(known):.4f}" if len(known) == seeds else "diverged"
 
 
 def _conditions(found: Mapping[str, Any]) -> str:
@@ -155,5 +157,5 @@ def _conditions(found: Mapping[str, Any]) -> str:
     )
 
 
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

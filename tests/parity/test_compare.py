@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from runs import write_run
+from logged_runs import write_run
 
 from lightning_fp8.cli.main import main
 from lightning_fp8.parity.compare import Comparison, compare
