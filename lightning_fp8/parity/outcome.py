@@ -27,8 +27,8 @@ class Outcome:
         tokens_per_second: Of training.
         bytes_per_param: Weights, gradients, moments.
         memory_gib: The most that tensors took of the device's memory.
-        grad_norm: Median of the last tenth, before clipping.
-        update_ratio: Median of the last tenth.
+        grad_norm: Median of the run, before clipping.
+        update_ratio: Median of the run; at its end a rate that falls to zero leaves none.
         max_update: The largest |m / sqrt(v)| of the run, where the optimizer tracks it.
     """
 
@@ -94,7 +94,7 @@ def pairing(outcome: Outcome) -> dict[str, Any]:
 
 def _typical(run: Run, name: str) -> float:
     values = series(run.rows, name)[1]
-    return statistics.median(_tail(values)) if values else math.nan
+    return statistics.median(values) if values else math.nan
 
 
 def _tail(values: list[float]) -> list[float]:

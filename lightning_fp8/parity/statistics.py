@@ -56,11 +56,9 @@ def paired_gap(losses: Sequence[float], reference: Sequence[float], confidence: 
 
 
 def judge(gap: Gap, bar: float = BAR) -> Verdict:
-    """What the interval allows to say; of a loss that is not finite, "worse"."""
+    """What the interval allows to say: of one seed, whose interval is NaN, nothing; of a loss not finite, "worse"."""
     if not all(map(math.isfinite, gap.seeds)):
         return "worse"
-    if len(gap.seeds) < 2:
-        return "undecided"
     if gap.low > bar:
         return "worse"
     if gap.high < -bar:
