@@ -2,12 +2,13 @@
 # make test    install with the test extra, then lint, type-check and test (what CI runs)
 # make evidence         under an hour on two cores: the comparisons of docs/evidence.md, shortened
 # make evidence-full    hours: the same as committed; goes on where it was stopped
+# make docs    build the documentation as a site, in build/docs; any warning is an error
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 DATA   := data/quickstart
 
-.PHONY: train test lint type unit test-slow test-oldest evidence evidence-full clean
+.PHONY: train test lint type unit test-slow test-oldest evidence evidence-full docs clean
 
 train: $(DATA)/manifest.json
 	$(BIN)/lightning-fp8 fit --config configs/quickstart.yaml
@@ -45,6 +46,9 @@ test-oldest:
 	.venv-oldest/bin/uv pip install -q --python .venv-oldest/bin/python --upgrade --resolution lowest-direct -e '.[test]'
 	.venv-oldest/bin/python -m pytest -q
 
+docs: $(VENV)/.installed-test
+	$(BIN)/mkdocs build --strict
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -57,4 +61,4 @@ $(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
 	touch $@ $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV) .venv-oldest data runs
+	rm -rf $(VENV) .venv-oldest build data runs
