@@ -6,11 +6,12 @@ takes and show what they add; so do `validate`, `test` and `predict`.
 """
 
 import argparse
+import importlib
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from jsonargparse import ArgumentParser, capture_parser
+from jsonargparse import capture_parser
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
@@ -62,14 +63,17 @@ def page() -> str:
     return "\n".join([INTRODUCTION, *(section for verb in VERBS for section in _verb(verb, parsers.get(verb), shared))])
 
 
-def parser_of(verb: str) -> ArgumentParser:
+def parser_of(verb: str) -> argparse.ArgumentParser:
     """What parses the options of `verb`."""
+    module = importlib.import_module(VERBS[verb][0])
+    if hasattr(module, "options"):  # plain argparse, which cannot be captured
+        return module.options()
     parser = capture_parser(main, [verb])
     verbs = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     return verbs[0][verb] if verbs else parser
 
 
-def groups(parser: ArgumentParser) -> Iterator[tuple[str, list[Option]]]:
+def groups(parser: argparse.ArgumentParser) -> Iterator[tuple[str, list[Option]]]:
     """The titles of the option groups of `parser`, each with its options; those without options are left out."""
     formatter: Any = parser.formatter_class(prog=parser.prog)
     ours_first = sorted(parser._action_groups, key=lambda group: "via flags" in (group.title or ""))
@@ -92,7 +96,7 @@ def _option(action: argparse.Action, formatter: Any) -> Option:
     )
 
 
-def _verb(verb: str, parser: ArgumentParser | None, shared: set[str]) -> Iterator[str]:
+def _verb(verb: str, parser: argparse.ArgumentParser | None, shared: set[str]) -> Iterator[str]:
     yield f"\n## {verb}\n\n{VERBS[verb][1].capitalize()}.\n"
     if parser is None:
         yield "It has no options."
