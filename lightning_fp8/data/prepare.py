@@ -33,10 +33,11 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from lightning_fp8.data.boundaries import BEFORE_ANY, boundary_of, describe
 from lightning_fp8.data.chunks import write_chunks
 from lightning_fp8.data.encoding import encode_pieces
 from lightning_fp8.data.manifest import MANIFEST_NAME, MANIFEST_VERSION, Manifest, write_json
-from lightning_fp8.data.readers import hash_file, in_slices
+from lightning_fp8.data.readers import cut, hash_file
 from lightning_fp8.data.sources import (
     TRAIN,
     VAL,
@@ -137,12 +138,18 @@ def prepare(
         task = progress.add_task("training the tokenizer", total=None)
         bpe = _choose_tokenizer(work, given, lambda: train_tokenizer(_sample(pieces(), size), vocab_size))
         vocabulary_size = len(token_bytes(bpe))
+        boundary = boundary_of(bpe)
+        if boundary is None:
+            print(
+                f"{tokenizer} cuts text into words in a way of its own ({describe(bpe)}): documents are tokenised"
+                " whole, and memory grows with the longest."
+            )
         dtype = np.dtype(np.uint16 if vocabulary_size <= UINT16_VOCABULARY else np.int32)
         # How much a generator will give is not known.
         progress.reset(task, description="tokenising", total=None if made else size)
         splits = spool(
             work,
-            pieces(),
+            pieces(boundary),
             lambda left: encode_pieces(bpe.to_str(), dtype, left, workers or os.cpu_count() or 1),
             np.array(end_of_text(bpe), dtype).tobytes(),
             functools.partial(progress.advance, task),
@@ -218,7 +225,7 @@ def _sample(pieces: Iterator[SplitPiece], size: int) -> Iterator[str]:
             return
         left -= len(text)
         # The trainer holds a number of strings before it counts them, however long they are.
-        yield from in_slices(text, _SLICE_CHARACTERS)
+        yield from (piece.text for piece in cut([(text, 0)], BEFORE_ANY, _SLICE_CHARACTERS))
 
 
 def _write_folder(work: Path, manifest: Manifest) -> Path:
