@@ -38,6 +38,7 @@ class TokenDataModule(LightningDataModule):
         length_schedule: Shorter sequences at first: from which optimizer step on which length, such as
             `{0: 64, 1000: 128}`. Lengths divide `sequence_length`; a block is cut into as many sequences as it
             holds, so a step has the same tokens whatever their length. For the Trainer; `cut_blocks` does it elsewhere.
+        max_cache_size: Most that a node keeps of each set behind a URL, such as "20GB"; by default all of it.
 
     Raises:
         ValueError: A folder is not prepared, the sets do not go together, or there are too few tokens for one batch.
@@ -51,6 +52,7 @@ class TokenDataModule(LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         length_schedule: dict[int, int] | None = None,
+        max_cache_size: str | int | None = None,
     ) -> None:
         super().__init__()
         if sequence_length < 1 or batch_size < 1 or num_workers < 0:
@@ -63,6 +65,7 @@ class TokenDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
+        self.max_cache_size = max_cache_size
         self.length_schedule = _check_schedule(length_schedule or {}, sequence_length)
         self.weights = _check_weights({path: 1.0} if isinstance(path, str) else path)
         self._folders: list[TokenFolder] | None = None
@@ -77,7 +80,7 @@ class TokenDataModule(LightningDataModule):
             ValueError: One is missing or its preparation did not finish, or they have several tokenizers.
         """
         if self._folders is None:
-            folders = [TokenFolder(path) for path in self.weights]
+            folders = [TokenFolder(path, self.max_cache_size) for path in self.weights]
             first = folders[0]
             for folder in folders[1:]:
                 if _vocabulary(folder) != _vocabulary(first):
