@@ -151,7 +151,22 @@ class FP8CLI(LightningCLI):
         options = dict(vars(self._get(self.config_init, "fp8")))
         if not options.pop("enabled"):
             return None
-        return FP8Precision(**options)
+        return FP8Precision(**{**options, "recipe": _nested(options["recipe"])})
+
+
+def _nested(recipe: Any) -> Any:
+    """`--fp8.recipe.input.format e4m3` comes as {"input.format": "e4m3"}: its parts are fields of fields."""
+    if not isinstance(recipe, dict):
+        return recipe
+    nested: dict[str, Any] = {}
+    for name, value in recipe.items():
+        first, _, rest = str(name).partition(".")
+        held = nested.get(first)
+        if rest and (held is None or isinstance(held, dict)):
+            nested[first] = {**(held or {}), **_nested({rest: value})}
+        else:
+            nested[str(name)] = value
+    return nested
 
 
 def _is_fsdp1(strategy: object) -> bool:

@@ -21,6 +21,7 @@ VERBS = {
     "report": ("lightning_fp8.cli.report", "write one HTML page of a run"),
     "plan": ("lightning_fp8.cli.plan", "which layers of a configuration run in FP8, and what that gains"),
     "estimate": ("lightning_fp8.cli.estimate", "memory of weights, gradients and optimizer state"),
+    "completion": ("lightning_fp8.cli.completion", "what bash and zsh complete, to be loaded by them"),
     "doctor": ("lightning_fp8.cli.doctor", "check this machine and what is installed on it"),
 }
 
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _overview() -> str:
-    lines = [f"  {verb:10}{text}" for verb, (_, text) in VERBS.items()]
+    lines = [f"  {verb:12}{text}" for verb, (_, text) in VERBS.items()]
     return "\n".join(
         [
             "usage: lightning-fp8 VERB [OPTIONS]",
