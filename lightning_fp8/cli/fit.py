@@ -19,10 +19,11 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from lightning_fp8.callbacks import RunLog, StartReport
+from lightning_fp8.callbacks import PeerWatch, RunLog, StartReport
 from lightning_fp8.callbacks.start import tokens_per_step
 from lightning_fp8.cli.parsers import FitParser, reason
 from lightning_fp8.data import TokenDataModule
+from lightning_fp8.distributed.peers import LostPeerError, loss_said_of
 from lightning_fp8.models import DecoderLM
 from lightning_fp8.precision import FP8Precision
 
@@ -52,19 +53,26 @@ def start(cli: type[CLI], argv: list[str], **options: Any) -> CLI:
     """
     for message in _NOISE:
         warnings.filterwarnings("ignore", message)
-    sys.argv = argv  # LightningCLI advises against its `args` parameter for command lines
+    # LightningCLI advises against its `args` parameter for command lines. Lightning starts more processes by argv[0].
+    sys.argv = [sys.argv[0], *argv[1:]]
     defaults: dict[str, Any] = {
         "seed_everything_default": 0,
         "auto_configure_optimizers": False,
         "save_config_callback": StartRun,
         "save_config_kwargs": {"overwrite": True},
         "parser_class": FitParser,
+        "parser_kwargs": {"prog": argv[0]},
         "trainer_defaults": {"default_root_dir": "runs/default"},
     }
     try:
         return cli(DecoderLM, TokenDataModule, **{**defaults, **options})
     except ValueError as error:
         raise ValueError(reason(str(error))) from error
+    except RuntimeError as error:
+        lost = loss_said_of(error)
+        if lost is None:
+            raise
+        raise LostPeerError(lost) from error
 
 
 class StartRun(SaveConfigCallback):
@@ -138,6 +146,7 @@ class FP8CLI(LightningCLI):
             else:
                 trainer_config["logger"] = False
         trainer = super().instantiate_trainer(**kwargs)
+        cast(Any, trainer).callbacks.insert(0, PeerWatch())
         if self.subcommand == "fit":
             cast(Any, trainer).callbacks.insert(0, StartReport())
         if budget is not None:
