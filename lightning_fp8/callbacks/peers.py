@@ -5,6 +5,7 @@ ones for ever, so rank 0, which has started them, ends them.
 """
 
 import signal
+import threading
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -36,12 +37,18 @@ class PeerWatch(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Says who was lost, if somebody was, below the error itself; ends the processes that this one has started."""
+        before = signal.getsignal(signal.SIGTERM)
+        if is_main := threading.current_thread() is threading.main_thread():
+            # torchrun asks survivors to end. Lightning would pass that on, through the exchange that has failed.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self.message = self._peers.explain(exception)
         if self.message:
             exception.add_note(self.message)
             launcher: Any = trainer.strategy.launcher
             for process in getattr(launcher, "procs", ()):
                 process.send_signal(signal.SIGKILL)
+        elif is_main:
+            signal.signal(signal.SIGTERM, before)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Counts no more."""
