@@ -10,7 +10,7 @@ from ranks import spawn
 from lightning_fp8.callbacks import LastCheckpoint
 from lightning_fp8.optim import FP8AdamW
 
-STEPS, STOP, BATCH = 9, 3, 12  # an epoch of the prepared data has 4 steps; what is left over is half a step and more
+STEPS, STOP, BATCH = 9, 3, 36  # an epoch has 171 sequences: 4 steps, and another half of one
 
 
 class Batches(Callback):
