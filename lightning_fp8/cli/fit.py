@@ -19,10 +19,12 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from lightning_fp8.callbacks import RunLog, StartReport
+from lightning_fp8.callbacks import PeerWatch, RunLog, StartReport
 from lightning_fp8.callbacks.start import tokens_per_step
+from lightning_fp8.cli.launch import batches_per_step, follow_torchrun
 from lightning_fp8.cli.parsers import FitParser, reason
 from lightning_fp8.data import TokenDataModule
+from lightning_fp8.distributed.peers import LostPeerError, loss_said_of
 from lightning_fp8.models import DecoderLM
 from lightning_fp8.precision import FP8Precision
 
@@ -52,19 +54,26 @@ def start(cli: type[CLI], argv: list[str], **options: Any) -> CLI:
     """
     for message in _NOISE:
         warnings.filterwarnings("ignore", message)
-    sys.argv = argv  # LightningCLI advises against its `args` parameter for command lines
+    # LightningCLI advises against its `args` parameter for command lines. Lightning starts more processes by argv[0].
+    sys.argv = [sys.argv[0], *argv[1:]]
     defaults: dict[str, Any] = {
         "seed_everything_default": 0,
         "auto_configure_optimizers": False,
         "save_config_callback": StartRun,
         "save_config_kwargs": {"overwrite": True},
         "parser_class": FitParser,
+        "parser_kwargs": {"prog": argv[0]},
         "trainer_defaults": {"default_root_dir": "runs/default"},
     }
     try:
         return cli(DecoderLM, TokenDataModule, **{**defaults, **options})
     except ValueError as error:
         raise ValueError(reason(str(error))) from error
+    except RuntimeError as error:
+        lost = loss_said_of(error)
+        if lost is None:
+            raise
+        raise LostPeerError(lost) from error
 
 
 class StartRun(SaveConfigCallback):
@@ -101,6 +110,17 @@ class FP8CLI(LightningCLI):
             default=None,
             help="Tokens to train on, such as 300M or 10B, instead of trainer.max_steps.",
         )
+        parser.add_argument(
+            "--global_batch",
+            type=int | None,
+            default=None,
+            help="Sequences of an optimizer step, of all processes, however many there are: sets"
+            " trainer.accumulate_grad_batches.",
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """Takes the number of processes from torchrun."""
+        follow_torchrun(self.config[self.subcommand] if self.subcommand else self.config)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Adds the plugin and, for `fit`, the loggers of the run folder."""
@@ -127,19 +147,28 @@ class FP8CLI(LightningCLI):
                 )
             trainer_config["plugins"] = [*plugins, plugin]
         folder = trainer_config["default_root_dir"]
-        budget = self._get(self.config_init, "max_tokens") if self.subcommand == "fit" else None
+        training = self.subcommand == "fit"
+        budget = self._get(self.config_init, "max_tokens") if training else None
+        global_batch = self._get(self.config_init, "global_batch") if training else None
         if budget is not None:
             _check_no_other_end(trainer_config)
             trainer_config["max_epochs"] = -1
         if trainer_config.get("logger") is None:
-            if self.subcommand == "fit":
+            if training:
                 loggers = [RunLog(folder), TensorBoardLogger(folder, name="", version="")]
                 trainer_config["logger"] = loggers
             else:
                 trainer_config["logger"] = False
         trainer = super().instantiate_trainer(**kwargs)
-        if self.subcommand == "fit":
+        cast(Any, trainer).callbacks.insert(0, PeerWatch())
+        if training:
             cast(Any, trainer).callbacks.insert(0, StartReport())
+        if global_batch is not None:
+            if trainer.accumulate_grad_batches != 1:
+                raise ValueError("global_batch and trainer.accumulate_grad_batches exclude each other: leave one out.")
+            trainer.accumulate_grad_batches = batches_per_step(
+                global_batch, self.datamodule.batch_size, trainer.world_size
+            )
         if budget is not None:
             tokens, step = parse_tokens(budget), tokens_per_step(trainer, self.datamodule)
             # The size of a step is not known before the trainer has counted its devices.

@@ -159,7 +159,8 @@ class TokenDataModule(LightningDataModule):
             "seed": self.seed,
             "sequence_length": self.sequence_length,
         }
-        self._loader = TokenLoader(batches, self.num_workers, identity)
+        accumulate = self.trainer.accumulate_grad_batches if self.trainer else 1
+        self._loader = TokenLoader(batches, self.num_workers, identity, accumulate)
         if self._position:
             self._loader.load_state_dict({**identity, "position": self._position, "epoch_done": 0})
         return self._loader
@@ -201,6 +202,23 @@ class TokenDataModule(LightningDataModule):
         if state_dict:
             self.train_dataloader().load_state_dict(state_dict)
             self._position = state_dict["position"]
+
+    def recount(self, checkpoint: dict[str, Any]) -> None:
+        """Puts the Trainer's progress in an epoch, which a checkpoint has in batches, into batches of this run.
+
+        They are of another size where the processes are more or fewer, or batches are accumulated. The first step
+        after the resume would be of fewer batches than the others, and the epoch end elsewhere.
+
+        Args:
+            checkpoint: All of it, as the Trainer is about to restore it; changed in place.
+        """
+        own = checkpoint.get(type(self).__qualname__)
+        progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress")
+        if not own or not progress:
+            return
+        # Saved at the end of a batch, whose completion is not counted yet: the counts differ by one.
+        more = own["epoch_done"] // (self.batch_size * self._world[1]) - progress["current"]["ready"]
+        progress["current"] = {name: count + more for name, count in progress["current"].items()}
 
     @property
     def _world(self) -> tuple[int, int]:
