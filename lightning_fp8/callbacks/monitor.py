@@ -88,7 +88,7 @@ class FP8Monitor(Callback):
             for find in (linear_places, decoder_places)
             for place in find(name, module)
         )
-        places.update(optimizer_places(trainer.optimizers))
+        places.update(optimizer_places(trainer.optimizers, pl_module))
         self._tally = Tally(places, pl_module.device)
         self._sampled = False
         if trainer.is_global_zero:
@@ -145,7 +145,7 @@ class FP8Monitor(Callback):
     def _read(self, trainer: Trainer, pl_module: LightningModule, tally: Tally) -> None:
         for name, module in _named_modules(pl_module):
             measure_alignment(name, module, tally)
-        measure_optimizer(trainer.optimizers, tally)
+        measure_optimizer(trainer.optimizers, pl_module, tally)
         reading = Reading(trainer.global_step, self._with_drift(tally.read()))
         if trainer.is_global_zero:
             table.append(Path(trainer.default_root_dir), reading)
