@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,13 +11,16 @@ from lightning.pytorch import Callback
 from torch.nn import functional as F
 
 from lightning_fp8 import FP8Precision, convert_linears, end_step
+from lightning_fp8.callbacks.watch.decoders import decoder_places, watch_decoder
 from lightning_fp8.callbacks.watch.linears import linear_places, watch_linear
 from lightning_fp8.callbacks.watch.optimizers import measure_optimizer, optimizer_places
 from lightning_fp8.callbacks.watch.tally import Tally
 from lightning_fp8.compute import linear
 from lightning_fp8.compute.recipe import Operand, Recipe
 from lightning_fp8.compute.transformer_engine.layers import ConvertedLinear
-from lightning_fp8.models import DecoderLM
+from lightning_fp8.models import Decoder, DecoderLM, attention
+from lightning_fp8.models.flex import block_mask
+from lightning_fp8.models.masks import documents
 from lightning_fp8.numerics import dequantize
 from lightning_fp8.optim import FP8AdamW
 from tests.callbacks.monitored import LAYERS, SHAPE, fit, health_tracked, listening, model
@@ -151,6 +155,30 @@ def test_attention_and_log_z_are_those_of_the_pass_itself(prepared, tmp_path, mo
         assert found["entropy"] == pytest.approx(entropy, rel=1e-5)
     log_z = np.log(np.exp(logits[0]).sum(-1)).mean()
     assert values["decoder.lm_head"]["output"]["log_z"] == pytest.approx(log_z, rel=1e-2)  # bf16 logits
+
+
+@pytest.mark.parametrize("with_documents", [False, True])
+@torch.no_grad()
+def test_a_rule_for_flex_attention_has_the_figures_of_the_mask_in_memory(monkeypatch, with_documents):
+    """On a CPU it has no backward pass, so the forward pass is measured alone."""
+    torch.manual_seed(0)
+    decoder = Decoder(replace(SHAPE, sliding_window=40))
+    tokens = torch.randint(0, 20, (6, 160))
+    numbers = documents(tokens, end_of_text=0) if with_documents else None
+    found = []
+    for mask in (attention.causal_mask, partial(block_mask, compiled=False)):
+        monkeypatch.setattr(attention, "causal_mask", mask)
+        tally = Tally(dict(p for n, m in decoder.named_modules() for p in decoder_places(n, m)), torch.device("cpu"))
+        handles = [handle for name, part in decoder.named_modules() for handle in watch_decoder(name, part, tally)]
+        decoder(tokens, documents_bt=numbers)
+        found.append({name: roles["attention"] for name, roles in tally.read().items() if "attention" in roles})
+        for handle in handles:
+            handle.remove()
+    in_memory, rule = found
+    assert in_memory.keys() == {"blocks.0.attention", "blocks.1.attention"}
+    for name, figures in in_memory.items():
+        assert rule[name] == pytest.approx(figures, rel=1e-3)  # the layers below differ in their last bits
+        assert figures["entropy"] > 0
 
 
 def test_alignment_and_the_optimizers_figures_are_those_of_the_step(prepared, tmp_path):
