@@ -9,8 +9,8 @@ run as if there were no monitor.
   are compiled models: torch.compile does not see hooks that come and go, so the forward and backward pass of a sampled
   batch run eagerly, and differ from compiled ones as compiled and eager do.
 * With gradient accumulation the first micro-batch of a sampled step is measured.
-* The optimizer's figures are those of `FP8AdamW.health_by_parameter()`, a layer at a time, of the last step; there where its
-  groups have `track_health`.
+* The optimizer's figures are those of `FP8AdamW`'s last step, a layer at a time; they are there where its groups have
+  `track_health`.
 * Every logger gets `fp8/<layer>/<role>/<metric>`, except `RunLog`, which gets the worst layer's figure of each metric,
   `fp8/worst/<role>/<metric>`; the run folder gets all in `fp8.csv`, and two pictures at the end of fit.
 * Scale drift is from one reading to the next.
