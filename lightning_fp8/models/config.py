@@ -57,6 +57,9 @@ class RopeScaling:
                 )
 
 
+MOST_LAYERS = 10_000
+
+
 @dataclass(frozen=True)
 class DecoderConfig:
     """A Llama-family decoder.
@@ -145,6 +148,8 @@ class DecoderConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"DecoderConfig.{name} is {value}; it must be at least 1.")
+        if self.num_layers > MOST_LAYERS:  # each is an object, made before any memory is asked for
+            raise ValueError(f"DecoderConfig.num_layers is {self.num_layers}; it must be at most {MOST_LAYERS}.")
         for name in ("attention_softcap", "logit_softcap"):
             value = getattr(self, name)
             if value is not None and value <= 0:
