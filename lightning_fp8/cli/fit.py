@@ -15,13 +15,13 @@ from typing import IO, Any, TypeVar, cast
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only
 
 from lightning_fp8.callbacks import RunLog, StartReport
+from lightning_fp8.callbacks.events import SpareEvents
 from lightning_fp8.callbacks.start import tokens_per_step
 from lightning_fp8.checkpoint.integrity import check_checkpoint
 from lightning_fp8.checkpoint.io import CheckedCheckpointIO
@@ -187,7 +187,7 @@ class FP8CLI(LightningCLI):
             trainer_config["max_epochs"] = -1
         if trainer_config.get("logger") is None:
             if self.subcommand == "fit":
-                loggers = [RunLog(folder), TensorBoardLogger(folder, name="", version="")]
+                loggers = [RunLog(folder), SpareEvents(folder, name="", version="")]
                 trainer_config["logger"] = loggers
             else:
                 trainer_config["logger"] = False

@@ -7,7 +7,9 @@ A mistake of the user's or a failure of the machine ends in three lines at most 
 
 import errno
 import importlib
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from typing import NoReturn
@@ -53,10 +55,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if args[0] not in VERBS:
         _fail(f"there is no verb {args[0]!r}; the verbs are {', '.join(VERBS)}", code=2)
+    interrupt = _FirstInterrupt()
     try:
         importlib.import_module(VERBS[args[0]][0]).run(args)
-    except KeyboardInterrupt:
-        _fail("interrupted. What was saved is whole; `fit` goes on with --ckpt_path last.", code=1)
+    except (KeyboardInterrupt, SystemExit):  # the Trainer makes one of the other
+        if debug or not interrupt.came:
+            raise
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # which outlives Python's own end, other than a handler
+        _fail("interrupted. What was saved is whole: `fit` goes on with --ckpt_path last.", code=1)
     except Exception as error:
         if debug:
             raise
@@ -74,6 +80,20 @@ def _overview() -> str:
             "lightning-fp8 VERB --help shows a verb's options.",
         ]
     )
+
+
+class _FirstInterrupt:
+    """Lets Ctrl-C interrupt once: who presses it again does not want a traceback of how the program was ending."""
+
+    def __init__(self) -> None:
+        self.came = False
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._interrupt)
+
+    def _interrupt(self, *signal_and_frame: object) -> None:
+        if not self.came:
+            self.came = True
+            raise KeyboardInterrupt
 
 
 def _reason(error: Exception) -> str:
