@@ -187,14 +187,17 @@ def config_from_dict(saved: Mapping[str, Any]) -> DecoderConfig:
     """The inverse of `dataclasses.asdict`; fields that an older version did not save take their defaults.
 
     Raises:
-        ValueError: There are fields that this version does not know.
+        ValueError: There are fields that this version does not know, or values that no decoder has.
     """
     unknown = sorted(set(saved) - {field.name for field in fields(DecoderConfig)})
     if unknown:
         raise ValueError(f"A decoder's configuration has fields unknown to this version: {', '.join(unknown)}.")
     scaling, clip = saved.get("rope_scaling"), saved.get("clipped_softmax")
-    nested = {"rope_scaling": RopeScaling(**scaling) if scaling else None, "clipped_softmax": clip and tuple(clip)}
-    return DecoderConfig(**{**saved, **nested})
+    try:
+        nested = {"rope_scaling": RopeScaling(**scaling) if scaling else None, "clipped_softmax": clip and tuple(clip)}
+        return DecoderConfig(**{**saved, **nested})
+    except (TypeError, AttributeError, ArithmeticError, LookupError) as error:
+        raise ValueError(f"A decoder's configuration has a value of another type ({error}): it is damaged.") from error
 
 
 def differences(saved: Mapping[str, Any], own: DecoderConfig, among: Collection[str] | None = None) -> list[str]:
