@@ -13,14 +13,21 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import yaml
+if __name__ == "__main__":
+    import atheris
 
-from lightning_fp8.checkpoint.integrity import check_checkpoint
-from lightning_fp8.cli.fit import parse_tokens
-from lightning_fp8.compute.recipe import resolve_recipe
-from lightning_fp8.data.index import read_index
-from lightning_fp8.data.manifest import Manifest
-from lightning_fp8.models.config import config_from_dict
+    guided = atheris.instrument_imports(include=["lightning_fp8", "yaml", "json", "zipfile"])
+else:
+    guided = contextlib.nullcontext()
+with guided:
+    import yaml
+
+    from lightning_fp8.checkpoint.integrity import check_checkpoint
+    from lightning_fp8.cli.fit import parse_tokens
+    from lightning_fp8.compute.recipe import resolve_recipe
+    from lightning_fp8.data.index import read_index
+    from lightning_fp8.data.manifest import Manifest
+    from lightning_fp8.models.config import config_from_dict
 
 FOLDER = Path(tempfile.mkdtemp(prefix="fuzz-"))
 
@@ -84,9 +91,6 @@ def read(data: bytes) -> None:
 
 
 if __name__ == "__main__":
-    import atheris
-
-    atheris.instrument_all()
     atheris.Setup(sys.argv, read)
     with contextlib.suppress(KeyboardInterrupt):
         atheris.Fuzz()
