@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DATA   := data/quickstart
 
-.PHONY: train test lint type unit test-slow test-oldest audit fuzz dist clean
+.PHONY: train test lint type unit test-slow test-oldest audit fuzz dist reliability clean
 
 train: $(DATA)/manifest.json
 	$(BIN)/lightning-fp8 fit --config configs/quickstart.yaml
@@ -47,6 +47,10 @@ fuzz: $(VENV)/.installed-test
 	$(BIN)/python -m pip install -q atheris
 	mkdir -p fuzz
 	cd fuzz && PYTHONPATH=.. ../$(BIN)/python ../tests/hostile/fuzz.py . ../tests/hostile/seeds -max_total_time=300
+
+# The README's table of faults, from what the tests count; half an hour.
+reliability: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/hostile/reliability.py
 
 # The same bytes each time: the time in the archives is that of the last commit.
 dist: $(VENV)/.installed-test
