@@ -1,11 +1,12 @@
 # make train   install, prepare the quickstart text, train the quickstart model in FP8
 # make test    install with the test extra, then lint, type-check and test (what CI runs)
+# make docs    build the documentation as a site, in build/docs; any warning is an error
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 DATA   := data/quickstart
 
-.PHONY: train test lint type unit test-slow test-oldest audit fuzz dist reliability clean
+.PHONY: train test lint type unit test-slow test-oldest audit fuzz dist reliability docs clean
 
 train: $(DATA)/manifest.json
 	$(BIN)/lightning-fp8 fit --config configs/quickstart.yaml
@@ -56,6 +57,9 @@ reliability: $(VENV)/.installed-test
 dist: $(VENV)/.installed-test
 	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m hatchling build
 
+docs: $(VENV)/.installed-test
+	$(BIN)/mkdocs build --strict
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -68,4 +72,4 @@ $(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
 	touch $@ $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-audit data runs fuzz
+	rm -rf $(VENV) .venv-oldest .venv-audit build data runs fuzz
