@@ -11,7 +11,6 @@ costs a download a pass and no more. Without a limit the cache stays until `litd
 """
 
 import hashlib
-import json
 import os
 from collections import OrderedDict
 from contextlib import suppress
@@ -24,6 +23,7 @@ from litdata.utilities.dataset_utilities import get_default_cache_dir
 from litdata.utilities.format import _convert_bytes_to_int
 
 from lightning_fp8.data.chunks import INDEX_NAME
+from lightning_fp8.data.index import read_index
 from lightning_fp8.data.manifest import MANIFEST_NAME, Manifest
 from lightning_fp8.data.order import WINDOW_CHUNKS
 
@@ -158,15 +158,12 @@ class TokenBlocks:
         self._split = split
         self._block_size = block_size
         self._dtype = np.dtype(folder.manifest.token_dtype)
-        chunks = json.loads(folder.file(f"{split}/{INDEX_NAME}").read_text(encoding="utf-8"))["chunks"]
-        # A header of uint32: the number of items, and one offset more than there are items.
-        self._files = [(f"{split}/{chunk['filename']}", 4 * (chunk["chunk_size"] + 2)) for chunk in chunks]
-        self.chunk_sizes = tuple(chunk["dim"] // block_size for chunk in chunks)
-        self._bytes = [
-            offset + chunk["dim"] * self._dtype.itemsize for (_, offset), chunk in zip(self._files, chunks, strict=True)
-        ]
+        chunks = read_index(folder.file(f"{split}/{INDEX_NAME}"))
+        self._files = [(f"{split}/{chunk.name}", chunk.header) for chunk in chunks]
+        self.chunk_sizes = tuple(chunk.tokens // block_size for chunk in chunks)
+        self._bytes = [chunk.header + chunk.tokens * self._dtype.itemsize for chunk in chunks]
         self._maps: OrderedDict[int, np.memmap] = OrderedDict()
-        indexed, prepared = sum(chunk["dim"] for chunk in chunks), folder.manifest.splits[split].tokens
+        indexed, prepared = sum(chunk.tokens for chunk in chunks), folder.manifest.splits[split].tokens
         if indexed != prepared:
             raise ValueError(
                 f"{folder.path}: the {split} split has {indexed} tokens, and {prepared} were prepared: copy the folder"
@@ -182,14 +179,25 @@ class TokenBlocks:
         return self.__dict__ | {"_maps": OrderedDict()}  # each process opens its own
 
     def read(self, chunk: int, block: int) -> torch.Tensor:
-        """Block number `block` of a chunk, an int64 tensor [block_size]."""
+        """Block number `block` of a chunk, an int64 tensor [block_size].
+
+        Raises:
+            ValueError: The chunk is cut short, or has an id that is not in the vocabulary.
+        """
         if chunk not in self._maps:
             name, offset = self._check(chunk)
             self._maps[chunk] = self._folder.open(name, self._dtype, offset)
             if len(self._maps) > OPEN_CHUNKS:
                 self._maps.popitem(last=False)
         start = block * self._block_size
-        return torch.from_numpy(self._maps[chunk][start : start + self._block_size].astype(np.int64))
+        ids = self._maps[chunk][start : start + self._block_size]
+        low, high, size = ids.min(), ids.max(), self._folder.manifest.vocab_size
+        if low < 0 or high >= size:  # on a GPU the lookup would end the process, and say nothing of the data
+            raise ValueError(
+                f"{self._folder.file(self._files[chunk][0])} has token id {low if low < 0 else high} and the vocabulary"
+                f" {size} tokens: copy it again, or prepare it again."
+            )
+        return torch.from_numpy(ids.astype(np.int64))
 
     def _check(self, chunk: int) -> tuple[str, int]:
         """The name of a chunk, all of which is there, and how long its header is."""

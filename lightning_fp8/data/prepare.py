@@ -50,6 +50,7 @@ from lightning_fp8.data.sources import (
 )
 from lightning_fp8.data.spool import flat_file, spool
 from lightning_fp8.data.tokenizer import end_of_text, load_tokenizer, token_bytes, train_tokenizer
+from lightning_fp8.files import hold
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -113,6 +114,10 @@ def prepare(
     listed = list_files(sources)
     hashed = [hash_file(file.path) for file in listed]
     files = [file for file, (_, readable) in zip(listed, hashed, strict=True) if readable and file.size]
+    if listed and not files and not made:
+        raise ValueError(
+            f"There is no text in {len(listed)} files, such as {listed[0].path}: empty, or not UTF-8. Give others."
+        )
     inputs = {
         "version": MANIFEST_VERSION,
         "files": sorted([file.name, file.size, digest] for file, (digest, _) in zip(listed, hashed, strict=True)),
@@ -182,8 +187,8 @@ def _working_folder(target: Path, fingerprint: str) -> Iterator[Path]:
     work = _working_path(target)
     replaced, inputs = work / REPLACED_NAME, work / INPUTS_NAME
     work.mkdir(parents=True, exist_ok=True)
-    with (work / LOCK_NAME).open("w") as lock:
-        _lock(lock.fileno(), target)
+    busy = f"Another process is preparing {target}: wait for it, or stop it."
+    with hold(work / LOCK_NAME, busy):
         if replaced.exists() and not target.exists():  # killed while the folders changed places
             replaced.rename(target)
         if not inputs.exists() or json.loads(inputs.read_text(encoding="utf-8"))["fingerprint"] != fingerprint:
@@ -192,17 +197,6 @@ def _working_folder(target: Path, fingerprint: str) -> Iterator[Path]:
             write_json(inputs, {"fingerprint": fingerprint})
         yield work
         shutil.rmtree(work)
-
-
-def _lock(descriptor: int, target: Path) -> None:
-    try:
-        import fcntl
-    except ModuleNotFoundError:  # Windows
-        return
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by forked workers
-    except OSError:
-        raise ValueError(f"Another process is preparing {target}: wait for it, or stop it.") from None
 
 
 def _choose_tokenizer(work: Path, given: "Tokenizer | None", train: Callable[[], "Tokenizer"]) -> "Tokenizer":
