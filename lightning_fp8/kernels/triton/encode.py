@@ -76,10 +76,16 @@ def encode(x, scale, FP8: tl.constexpr, POWER_OF_TWO: tl.constexpr, REMEMBERED: 
         if REMEMBERED:
             scaled = tl.where(scaled > FAR, FAR, tl.where(scaled < -FAR, -FAR, scaled))  # NaN stays
         scaled = _divide(scaled, significand, tl.math.div_rn(tl.full(significand.shape, 1.0, tl.float32), significand))
+    return to_fp8(scaled, FP8)
+
+
+@triton.jit
+def to_fp8(x, FP8: tl.constexpr):
+    """The codes nearest to fp32 `x`, ties to even; saturating, but NaN stays NaN."""
     if INTERPRETED:
-        codes = _on_grid(scaled, FP8).to(FP8).to(tl.uint8, bitcast=True)
-        return tl.where(scaled != scaled, 0x7F, codes).to(tl.uint8).to(FP8, bitcast=True)
-    return scaled.to(FP8)
+        codes = _on_grid(x, FP8).to(FP8).to(tl.uint8, bitcast=True)
+        return tl.where(x != x, 0x7F, codes).to(tl.uint8).to(FP8, bitcast=True)
+    return x.to(FP8)
 
 
 @triton.jit
