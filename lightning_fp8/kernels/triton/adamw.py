@@ -15,7 +15,7 @@ Launched with `enable_fp_fusion=False`; see `elementary.py`. Offsets are 64 bits
 import triton
 import triton.language as tl
 
-from lightning_fp8.kernels.triton import moments
+from lightning_fp8.kernels.triton import ieee, moments
 from lightning_fp8.kernels.triton.random import drawn, stochastic_bf16, widened
 
 TILE = 2048  # elements a program: 16 a thread, so that each loads and stores 16 bytes of codes
@@ -31,6 +31,7 @@ def many_kernel(
     steps_ptr,
     numbers_ptr,
     levels_ptr,
+    roots_ptr,
     finite_ptr,
     beta1,
     rest1,
@@ -48,7 +49,7 @@ def many_kernel(
     TILE: tl.constexpr,
 ):
     """Steps parameters as their table says; WEIGHT and GRAD are int16 for bf16, or fp32."""
-    if finite_ptr is not None:
+    if finite_ptr is not None:  # noqa: SIM102  one is known on compiling
         if tl.load(finite_ptr) == 0:
             return
     program = tl.program_id(0)
@@ -75,6 +76,7 @@ def many_kernel(
         tl.load(steps_ptr + place),
         numbers_ptr + place * 4,
         levels_ptr,
+        roots_ptr,
         beta1,
         rest1,
         beta2,
@@ -105,6 +107,7 @@ def one_kernel(
     steps_ptr,
     numbers_ptr,
     levels_ptr,
+    roots_ptr,
     finite_ptr,
     beta1,
     rest1,
@@ -117,7 +120,7 @@ def one_kernel(
     TILE: tl.constexpr,
 ):
     """Steps one parameter, for gradient release: there is no table to be made and copied."""
-    if finite_ptr is not None:
+    if finite_ptr is not None:  # noqa: SIM102  one is known on compiling
         if tl.load(finite_ptr) == 0:
             return
     _step(
@@ -138,6 +141,7 @@ def one_kernel(
         tl.load(steps_ptr),
         numbers_ptr,
         levels_ptr,
+        roots_ptr,
         beta1,
         rest1,
         beta2,
@@ -174,6 +178,7 @@ def _step(
     step,
     numbers_ptr,
     levels_ptr,
+    roots_ptr,
     beta1,
     rest1,
     beta2,
@@ -202,14 +207,16 @@ def _step(
         tl.load(v_max_ptr + block, mask=exists, other=0.0),
         tl.load(v_density_ptr + block, mask=exists, other=0),
         levels_ptr,
+        roots_ptr,
     )
     m = m * beta1 + g * rest1
     v = v * beta2 + g * g * rest2
 
     lr, shrink = tl.load(numbers_ptr), tl.load(numbers_ptr + 1)
     m_correction, v_correction = tl.load(numbers_ptr + 2), tl.load(numbers_ptr + 3)
-    update = tl.math.div_rn(m * m_correction, tl.sqrt_rn(v * v_correction) + eps)
-    update = tl.minimum(tl.maximum(update, -max_update), max_update)
+    update = _quotient(m * m_correction, v * v_correction, eps)
+    if max_update is not None:
+        update = tl.minimum(tl.maximum(update, -max_update), max_update)
     exact = w * shrink - update * lr
     random, uniform = drawn(
         key0.to(tl.uint32),
@@ -223,9 +230,21 @@ def _step(
     else:
         tl.store(weight_ptr + offsets, exact, mask=inside)
 
-    m_codes, m_scale, v_codes, v_max, v_density = moments.encode(m, v, uniform)
+    m_codes, m_scale, v_codes, v_max, v_density = moments.encode(m, v, uniform, roots_ptr)
     tl.store(m_codes_ptr + offsets, m_codes, mask=inside)
     tl.store(v_codes_ptr + offsets, v_codes, mask=inside)
     tl.store(m_scale_ptr + block, m_scale, mask=exists)
     tl.store(v_max_ptr + block, v_max, mask=exists)
     tl.store(v_density_ptr + block, v_density, mask=exists)
+
+
+@triton.jit
+def _quotient(m, v, eps):
+    """M / (sqrt(v) + eps)."""
+    if (tl.max(tl.max(v, axis=1), axis=0) < 2.0**60) & (eps >= 2.0**-36):
+        # Below 2^-126 the root adds nothing to eps; quotients are far from the ends of the range where m is.
+        root = ieee.root(tl.maximum(v * 2.0**32, 2.0**-100)) * 2.0**-16
+        update = ieee.quotient(m * 2.0**60, root + eps) * 2.0**-60
+    else:
+        update = tl.math.div_rn(m, tl.sqrt_rn(v) + eps)
+    return update

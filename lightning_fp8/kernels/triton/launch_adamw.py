@@ -7,141 +7,117 @@ lie where they lay in an earlier step, as a caching allocator's mostly do, there
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_fp8.kernels.triton.adamw import COLUMNS, TILE, many_kernel, one_kernel
-from lightning_fp8.numerics.moments import FP8Moments, m_levels
+from lightning_fp8.kernels.adamw import Group, Matrix
+from lightning_fp8.kernels.triton.adamw import TILE, many_kernel, one_kernel
+from lightning_fp8.kernels.triton.tables import roots
+from lightning_fp8.numerics.moments import m_levels
 
 _TYPES = {torch.bfloat16: tl.int16, torch.float32: tl.float32}
-_WARPS = 4
-
-
-class Parameter(NamedTuple):
-    """One parameter to step, as matrices.
-
-    Attributes:
-        weight: bf16 or fp32 [R, C].
-        grad: Likewise.
-        moments: Codes [R, C], numbers of blocks [R, ceil(C / block_size)].
-        first_row: Its first row's number in the whole parameter.
-        first_column: Likewise.
-        key: Of its random bits.
-    """
-
-    weight: Tensor
-    grad: Tensor
-    moments: FP8Moments
-    first_row: int
-    first_column: int
-    key: tuple[int, int]
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        """Those that the kernels take, in order."""
-        return self.weight, self.grad, *self.moments[:2], *self.moments[2:]
-
-    def numbers(self) -> tuple[int, ...]:
-        """Likewise."""
-        return *self.weight.shape, self.first_row, self.first_column, *self.key
-
-    def tiles(self, block: int) -> int:
-        """Programs that it takes."""
-        rows, columns = self.weight.shape
-        return triton.cdiv(rows * triton.cdiv(columns, block), max(1, TILE // block))
-
-    def alignment(self) -> int:
-        """Bytes that all its addresses of rows are multiples of, up to 16."""
-        codes = self.moments.m_codes, self.moments.v_codes
-        addresses = (tensor.data_ptr() for tensor in (self.weight, self.grad, *codes))
-        return 16 if self.weight.shape[1] % 16 == 0 and all(address % 16 == 0 for address in addresses) else 1
+_BITS = {torch.bfloat16: torch.int16, torch.bool: torch.uint8}
+_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 def launch(
-    parameters: Sequence[Parameter],
+    matrices: Sequence[Matrix],
     steps: Tensor,
     numbers: Tensor,
-    shared: Sequence[float],
+    group: Group,
     block_size: int,
     finite: Tensor | None,
 ) -> None:
-    """Steps parameters of one dtype, whose gradients are of one dtype, on one device; all tensors are contiguous.
-
-    Args:
-        parameters: To step.
-        steps: int32 [P], their step counts, this step included.
-        numbers: fp32 [P, 4]: learning rate, factor of weight decay, corrections of m and v.
-        shared: beta1, 1 - beta1, beta2, 1 - beta2, eps, sign of the gradient, largest update.
-        block_size: Elements of a block, a power of two up to TILE.
-        finite: bool scalar: where it is false, nothing changes. None is true.
-    """
-    if len(parameters) == 1:
-        _one(parameters[0], steps, numbers, shared, block_size, finite)
+    """Steps parameters; see `kernels.adamw.adamw`."""
+    common = (steps, numbers, *_tables(steps.device), _bits(finite), *group)
+    placed = [(matrix, place) for place, matrix in enumerate(matrices) if matrix.weight.numel()]
+    if len(matrices) == 1:
+        for matrix, _ in placed:
+            _one(matrix, common, block_size)
         return
     for alignment in (16, 1):
-        chosen = [(p, place) for place, p in enumerate(parameters) if p.alignment() == alignment and p.weight.numel()]
+        chosen = [(matrix, place) for matrix, place in placed if _alignment(matrix) == alignment]
         if chosen:
-            _many(chosen, alignment, steps, numbers, shared, block_size, finite)
+            _many(chosen, alignment, common, block_size)
 
 
-def _one(
-    p: Parameter, steps: Tensor, numbers: Tensor, shared: Sequence[float], block_size: int, finite: Tensor | None
-) -> None:
-    tensors = [_bits(tensor) for tensor in p.tensors()]
-    levels, options = m_levels(p.weight.device), {"BLOCK": block_size, "TILE": TILE, **_OPTIONS}
-    if p.weight.numel():
-        one_kernel[(p.tiles(block_size),)](
-            *tensors, *p.numbers(), steps, numbers, levels, _bits(finite), *shared, **options
-        )
-
-
-def _many(
-    chosen: Sequence[tuple[Parameter, int]],
-    alignment: int,
-    steps: Tensor,
-    numbers: Tensor,
-    shared: Sequence[float],
-    block_size: int,
-    finite: Tensor | None,
-) -> None:
-    first, rows, device = [0], [], steps.device
-    for p, place in chosen:
-        rows.append((*(tensor.data_ptr() for tensor in p.tensors()), *p.numbers(), place))
-        first.append(first[-1] + p.tiles(block_size))
-    some = chosen[0][0]
-    many_kernel[(first.pop(),)](
-        _on_device(tuple(rows), device),
-        _on_device(tuple(first), device).int(),
-        steps,
-        numbers,
-        m_levels(device),
-        _bits(finite),
-        *shared,
-        len(rows),
-        WEIGHT=_TYPES[some.weight.dtype],
-        GRAD=_TYPES[some.grad.dtype],
-        ALIGNMENT=alignment,
-        PADDED=triton.next_power_of_2(len(rows)),
+def _one(matrix: Matrix, common: tuple[Any, ...], block_size: int) -> None:
+    tile = _tile(_alignment(matrix), block_size)
+    one_kernel[(_programs(matrix, tile, block_size),)](
+        *(_bits(tensor) for tensor in _tensors(matrix)),
+        *_numbers(matrix),
+        *common,
         BLOCK=block_size,
-        TILE=TILE,
+        TILE=tile,
         **_OPTIONS,
     )
 
 
-_OPTIONS = {"num_warps": _WARPS, "enable_fp_fusion": False}
+def _many(chosen: Sequence[tuple[Matrix, int]], alignment: int, common: tuple[Any, ...], block_size: int) -> None:
+    first, rows, device = [0], [], chosen[0][0].weight.device
+    tile = _tile(alignment, block_size)
+    for matrix, place in chosen:
+        rows.append((*(tensor.data_ptr() for tensor in _tensors(matrix)), *_numbers(matrix), place))
+        first.append(first[-1] + _programs(matrix, tile, block_size))
+    many_kernel[(first.pop(),)](
+        _on_device(tuple(rows), torch.int64, device),
+        _on_device(tuple(first), torch.int32, device),
+        *common,
+        len(rows),
+        WEIGHT=_TYPES[chosen[0][0].weight.dtype],
+        GRAD=_TYPES[chosen[0][0].grad.dtype],
+        ALIGNMENT=alignment,
+        PADDED=triton.next_power_of_2(len(rows)),
+        BLOCK=block_size,
+        TILE=tile,
+        **_OPTIONS,
+    )
+
+
+def _tensors(matrix: Matrix) -> tuple[Tensor, ...]:
+    """Those that the kernels take, in order."""
+    return matrix.weight, matrix.grad, *matrix.moments
+
+
+def _numbers(matrix: Matrix) -> tuple[int, ...]:
+    """Likewise."""
+    return *matrix.weight.shape, matrix.first_row, matrix.first_column, *matrix.key
+
+
+def _programs(matrix: Matrix, tile: int, block_size: int) -> int:
+    """How many a parameter takes."""
+    rows, columns = matrix.weight.shape
+    return int(triton.cdiv(rows * triton.cdiv(columns, block_size), tile // block_size))
+
+
+def _tile(alignment: int, block_size: int) -> int:
+    """Elements of a program; where loads are narrow, a thread has many blocks and needs all their numbers."""
+    return TILE if alignment == 16 else max(TILE // 8, block_size)
+
+
+def _alignment(matrix: Matrix) -> int:
+    """Bytes that the addresses of all rows are multiples of: 16, or any."""
+    tensors = matrix.weight, matrix.grad, matrix.moments.m_codes, matrix.moments.v_codes
+    aligned = matrix.weight.shape[1] % 16 == 0 and all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+    return 16 if aligned else 1
 
 
 def _bits(tensor: Tensor | None) -> Tensor | None:
-    """Bf16 numbers as the kernels take them, by their bits; other tensors as they are."""
-    if tensor is None or tensor.dtype is not torch.bfloat16:
-        return tensor if tensor is None or tensor.dtype is not torch.bool else tensor.view(torch.uint8)
-    return tensor.view(torch.int16)
+    """Bf16 and bool, which kernels take by their bits."""
+    if tensor is None or tensor.dtype not in _BITS:
+        return tensor
+    return tensor.view(_BITS[tensor.dtype])
+
+
+def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    return m_levels(device), roots(device)
 
 
 @functools.lru_cache(maxsize=64)
-def _on_device(values: tuple[tuple[int, ...], ...] | tuple[int, ...], device: torch.device) -> Tensor:
-    table = torch.tensor(values, dtype=torch.int64)
+def _on_device(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    table = torch.tensor(values, dtype=dtype)
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table

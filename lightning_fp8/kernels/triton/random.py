@@ -40,8 +40,9 @@ def drawn(key0, key1, step, row, column):
         column: uint32 [n, b], likewise.
     """
     start = _bits(key0, key1, (step >> 10) ^ _DITHER, row, column)
-    uniform = ((start + step * _GOLDEN) >> 16).to(tl.int32).to(tl.float32) * 2.0**-16
-    return _bits(key0, key1, step, row, column), uniform
+    # The upper 16 bits as the fraction of a number in [1, 2): conversions run on the special-function units.
+    fraction = ((start + step * _GOLDEN) >> 9) & 0x7FFF80
+    return _bits(key0, key1, step, row, column), (fraction | 0x3F800000).to(tl.float32, bitcast=True) - 1.0
 
 
 @triton.jit
@@ -56,6 +57,8 @@ def stochastic_bf16(x, random):
 @triton.jit
 def widened(bits):
     """The fp32 value of bf16 numbers given by their bits, int16; fp32 ones are what they are."""
-    if bits.dtype == tl.int16:
-        return as_float(bits.to(tl.int32) << 16)
-    return bits
+    if bits.dtype == tl.int16:  # noqa: SIM108  known on compiling, where the two have different types
+        x = as_float(bits.to(tl.int32) << 16)
+    else:
+        x = bits
+    return x
