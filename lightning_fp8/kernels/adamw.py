@@ -155,9 +155,7 @@ torch.library.define(
 )
 
 
-@torch.library.register_fake("lightning_fp8::adamw")
-def _fake(*_: Any) -> None:
-    """Everything is written in place."""
+torch.library.register_fake("lightning_fp8::adamw", lambda *_: None)  # everything is written in place
 
 
 @torch.library.impl("lightning_fp8::adamw", "cpu")
@@ -215,7 +213,7 @@ def _unpacked(
     moments = map(FP8Moments, m_codes, m_scale, v_codes, v_max, v_density)
     pairs = zip(keys[::2], keys[1::2], strict=True)
     matrices = list(map(Matrix, weights, grads, moments, first_rows, first_columns, pairs))
-    return matrices, steps, numbers, Group(*group, max_update), block_size, finite
+    return matrices, steps, numbers, Group._make((*group, max_update)), block_size, finite
 
 
 def step_on_cpu(

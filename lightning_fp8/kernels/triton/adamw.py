@@ -3,9 +3,7 @@
 Decode, update, round and encode happen in registers: a program holds TILE elements, whole blocks of one parameter, and
 of each element 10.2 bytes are read or written (weight 2 + 2, gradient 2, codes of m and v 1 + 1 each, scales).
 
-A table says where the parameters lie, one row each, as `launch_adamw.py` makes it. Programs are numbered through all
-parameters; how many of them begin at or before a program says whose it is, which is one load of a few cache lines and
-one sum, whatever the number of parameters.
+A table says where the parameters lie, one row each, as `launch_adamw.py` makes it.
 
 A step that is not to be taken (`finite` is false) ends before it reads anything else; the host need not know.
 
@@ -17,6 +15,7 @@ import triton.language as tl
 
 from lightning_fp8.kernels.triton import ieee, moments
 from lightning_fp8.kernels.triton.random import drawn, stochastic_bf16, widened
+from lightning_fp8.kernels.triton.table import owner_of, pointer
 
 TILE = 2048  # elements a program: 16 a thread, so that each loads and stores 16 bytes of codes
 # Columns of the table, int64: seven addresses and six numbers, in the order of `one_kernel`'s arguments, and the place
@@ -53,19 +52,17 @@ def many_kernel(
         if tl.load(finite_ptr) == 0:
             return
     program = tl.program_id(0)
-    each = tl.arange(0, PADDED)
-    firsts = tl.load(first_ptr + each, mask=each < PARAMETERS, other=0x7FFFFFFF)
-    owner = tl.sum((firsts <= program).to(tl.int32), axis=0) - 1
+    owner = owner_of(first_ptr, program, PARAMETERS, PADDED)
     at = table_ptr + owner * COLUMNS
     place = tl.load(at + 13)
     _step(
-        _pointer(at, WEIGHT, ALIGNMENT),
-        _pointer(at + 1, GRAD, ALIGNMENT),
-        _pointer(at + 2, tl.uint8, ALIGNMENT),
-        _pointer(at + 3, tl.uint8, 1),
-        _pointer(at + 4, tl.uint8, ALIGNMENT),
-        _pointer(at + 5, tl.float32, 1),
-        _pointer(at + 6, tl.uint8, 1),
+        pointer(at, WEIGHT, ALIGNMENT),
+        pointer(at + 1, GRAD, ALIGNMENT),
+        pointer(at + 2, tl.uint8, ALIGNMENT),
+        pointer(at + 3, tl.uint8, 1),
+        pointer(at + 4, tl.uint8, ALIGNMENT),
+        pointer(at + 5, tl.float32, 1),
+        pointer(at + 6, tl.uint8, 1),
         program - tl.load(first_ptr + owner),
         tl.load(at + 7),
         tl.multiple_of(tl.load(at + 8), ALIGNMENT),
@@ -152,11 +149,6 @@ def one_kernel(
         BLOCK,
         TILE,
     )
-
-
-@triton.jit
-def _pointer(at, TYPE: tl.constexpr, ALIGNMENT: tl.constexpr):
-    return tl.multiple_of(tl.load(at).to(tl.pointer_type(TYPE)), ALIGNMENT)
 
 
 @triton.jit

@@ -1,11 +1,9 @@
 """How the step of `FP8AdamW` is launched: for many parameters, or for one.
 
 Parameters whose rows all begin on 16 bytes are stepped in one launch, the others, whose loads must be narrower, in a
-second one. Their table is copied from pinned memory, which the host does not wait for, and kept: as long as gradients
-lie where they lay in an earlier step, as a caching allocator's mostly do, there is nothing to copy.
+second one.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +14,7 @@ from torch import Tensor
 
 from lightning_fp8.kernels.adamw import Group, Matrix
 from lightning_fp8.kernels.triton.adamw import TILE, many_kernel, one_kernel
+from lightning_fp8.kernels.triton.table import on_device
 from lightning_fp8.kernels.triton.tables import roots
 from lightning_fp8.numerics.moments import m_levels
 
@@ -64,8 +63,8 @@ def _many(chosen: Sequence[tuple[Matrix, int]], alignment: int, common: tuple[An
         rows.append((*(tensor.data_ptr() for tensor in _tensors(matrix)), *_numbers(matrix), place))
         first.append(first[-1] + _programs(matrix, tile, block_size))
     many_kernel[(first.pop(),)](
-        _on_device(tuple(rows), torch.int64, device),
-        _on_device(tuple(first), torch.int32, device),
+        on_device(tuple(rows), torch.int64, device),
+        on_device(tuple(first), torch.int32, device),
         *common,
         len(rows),
         WEIGHT=_TYPES[chosen[0][0].weight.dtype],
@@ -115,9 +114,3 @@ def _bits(tensor: Tensor | None) -> Tensor | None:
 
 def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
     return m_levels(device), roots(device)
-
-
-@functools.lru_cache(maxsize=64)
-def _on_device(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    table = torch.tensor(values, dtype=dtype)
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
