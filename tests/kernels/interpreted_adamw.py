@@ -106,6 +106,7 @@ CASES = {
     "slow averages": {"shapes": [(2, 160)], "betas": (0.9, 0.95), "eps": 1e-15},
     "no eps, huge gradients": {"shapes": [(2, 160)], "size": 1e14, "eps": 0.0, "grads": FP32},
     "tiny gradients": {"shapes": [(2, 160)], "size": 1e-19, "grads": FP32},
+    "no eps, tiny gradients": {"shapes": [(2, 160)], "size": 1e-20, "eps": 0.0, "grads": FP32},
     "huge gradients": {"shapes": [(2, 160)], "size": 1e14, "grads": FP32},
     "first step": {"shapes": [(3, 130)], "steps": 1},
     "a new start of the dither": {"shapes": [(2, 64)], "age": 2**20 + 1017},
@@ -117,18 +118,22 @@ def test_every_bit_is_that_of_the_operations(case, monkeypatch):
     check(monkeypatch, **CASES[case])
 
 
-def test_ratios_below_every_number_that_is_normal(monkeypatch):
-    """Moments whose gradients were zero for a thousand steps: m is 2^-150 of sqrt(v), which is not."""
+@pytest.mark.parametrize("exponent", [2, 8, 20, 40, 66, 68])
+def test_ratios_below_every_number_that_is_normal(exponent, monkeypatch):
+    """As after hundreds of steps without a gradient: m is next to nothing, sqrt(v) is not."""
     kernel = Kernel(monkeypatch)
     results = []
     for by_kernel in (False, True):
-        kernel.on = False
-        p = torch.nn.Parameter(torch.ones(1, 128, dtype=BF16))
-        optimizer = FP8AdamW([("p", p)], betas=(0.5, 0.999))
-        for step in range(137):
-            p.grad = (torch.arange(1, 129).view(1, -1) * (step == 0)).to(BF16)
-            kernel.on = by_kernel and step % 16 == 8
+        kernel.on, gen = False, torch.Generator().manual_seed(0)
+        p = torch.nn.Parameter(torch.ones(2, 128, dtype=BF16))
+        optimizer = FP8AdamW([("p", p)])
+        for _ in range(3):
+            p.grad = torch.randn(2, 128, generator=gen).to(BF16)
             optimizer.step()
+        optimizer.state[p]["m_scale"].fill_(exponent)
+        p.grad.zero_()
+        kernel.on = by_kernel
+        optimizer.step()
         results.append([p.detach(), *optimizer.state[p].values()])
     assert kernel.stepped
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

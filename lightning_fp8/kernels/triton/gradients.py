@@ -40,7 +40,7 @@ def encode_kernel(
     x = x * tl.where(finite, 1.0, 0.0)
     codes = encode(x, tl.where(finite, scale, 1.0), FP8, False, False).to(tl.uint8, bitcast=True)
     tl.store(codes_ptr + (tl.multiple_of(tl.load(at + 2), ALIGNMENT) + i), codes, mask=inside)
-    tl.atomic_add(underflown_ptr + owner, _underflown(codes, x) * finite, sem="relaxed")
+    tl.atomic_add(underflown_ptr + owner, _underflown(codes, x), sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["TENSORS", "RANKS"])
