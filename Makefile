@@ -1,11 +1,12 @@
 # make train   install, prepare the quickstart text, train the quickstart model in FP8
 # make test    install with the test extra, then lint, type-check and test (what CI runs)
+# make docs    build the documentation as a site, in build/docs; any warning is an error
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 DATA   := data/quickstart
 
-.PHONY: train test lint type unit test-slow test-oldest clean
+.PHONY: train test lint type unit test-slow test-oldest docs clean
 
 train: $(DATA)/manifest.json
 	$(BIN)/lightning-fp8 fit --config configs/quickstart.yaml
@@ -37,6 +38,9 @@ test-oldest:
 	.venv-oldest/bin/uv pip install -q --python .venv-oldest/bin/python --upgrade --resolution lowest-direct -e '.[test]'
 	.venv-oldest/bin/python -m pytest -q
 
+docs: $(VENV)/.installed-test
+	$(BIN)/mkdocs build --strict
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -49,4 +53,4 @@ $(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
 	touch $@ $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV) .venv-oldest data runs
+	rm -rf $(VENV) .venv-oldest build data runs

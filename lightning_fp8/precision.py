@@ -71,7 +71,7 @@ class FabricFP8Precision(FabricPrecision):
         total_steps: Optimizer steps of the run, for `bf16_last_steps`; the Trainer knows them by itself.
         keep_slow: Also keep layers out of FP8 whose sizes are known to be slower in it; see `convert_linears`.
         cache_weights: Keep the weights' FP8 copies while gradients accumulate, a byte or two a parameter.
-        fp8_activations: Shell patterns of modules that keep what they save for backward in FP8, as ("*mlp", "*norm");
+        fp8_activations: Shell patterns of modules that keep what they save for backward in FP8, as `("*mlp", "*norm")`;
             see `compute/activations.py`.
         fp8_all_gather: Where FSDP2 shards the model, gather the weights of converted layers as FP8 codes.
 

@@ -1,7 +1,11 @@
-"""Every block of Python in the README and in docs/ runs as it stands."""
+"""Every block of Python in the README and in docs/ runs as it stands, and the site builds without a warning."""
 
+import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -27,7 +31,42 @@ def test_a_block_runs(page: Path, code: str, tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_lead_somewhere(page: Path, command_line: ModuleType) -> None:
     targets = re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text())
-    missing = [t for t in targets if not t.startswith(("http://", "https://")) and not (page.parent / t).exists()]
-    assert not missing
+    elsewhere = ("http://", "https://", *([command_line.PAGE] if page.parent.name == "docs" else []))
+    assert not [t for t in targets if not t.startswith(elsewhere) and not (page.parent / t).exists()]
+
+
+@pytest.fixture(scope="module")
+def command_line() -> ModuleType:
+    """The hook that writes the reference of the command line."""
+    spec = importlib.util.spec_from_file_location("command_line", ROOT / "docs/command_line.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["command_line"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_reference_has_every_verb_and_its_options(command_line: ModuleType) -> None:
+    from lightning_fp8.cli.main import VERBS
+
+    sections = dict(re.findall(r"^## (\S+)\n(.*?)(?=^## |\Z)", command_line.page(), re.DOTALL | re.MULTILINE))
+    assert list(sections) == list(VERBS)
+    assert "`--fp8.recipe` · " in sections["fit"]
+    assert "`--trainer.max_steps` · `int`, default `-1`" in sections["fit"]
+    assert "`--vocab_size` · `int`, default `2048`" in sections["prepare"]
+    assert "`ckpt` · `str`, required" in sections["export"]
+    assert "`--hardware`" in sections["estimate"]
+    assert "`--trainer.max_steps`" not in sections["estimate"]  # which says that it takes the options of `fit`
+    unexplained = [line for line in command_line.page().splitlines() if line.strip() == ":"]
+    assert not unexplained
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert built.returncode == 0, built.stdout + built.stderr
+    assert "FP8Precision" in (tmp_path / "api/index.html").read_text()
+    assert "--fp8.recipe" in (tmp_path / "command-line/index.html").read_text()

@@ -122,3 +122,23 @@ def test_the_plugin_trains_other_people_s_models(tmp_path, example, layers, patt
     assert learnt(*map(float, re.search(pattern, printed).groups()))
     steps, evaluated = 60, 8  # batches, of which those of training have three GEMMs a layer
     assert int(re.search(r"(\d+) FP8 GEMMs", printed)[1]) == (3 * steps + evaluated) * layers
+
+
+@pytest.mark.parametrize(("options", "bytes_a_parameter"), [((), 6.07), (("--release",), 4.07)])
+def test_the_optimizer_alone(tmp_path, options, bytes_a_parameter):
+    printed = run(str(ROOT / "examples/optimizer_only.py"), "--steps", "100", *options, cwd=tmp_path)
+    taken = [float(found) for found in re.findall(r"([\d.]+) bytes a parameter after", printed)]
+    assert taken == [16.0, bytes_a_parameter]
+    fp8, fp32, chance = map(float, re.search(r"loss ([\d.]+) beside ([\d.]+), by chance ([\d.]+)", printed).groups())
+    assert fp32 < 0.5 * chance
+    assert abs(fp8 - fp32) < 0.01 * fp32
+
+
+def test_a_foreign_model_goes_on_training(work):
+    script = str(ROOT / "examples/continue_pretraining.py")
+    printed = run(script, "--steps", "20", "--output", "continued", cwd=work)
+    before, after = map(float, re.search(r"loss ([\d.]+) before, ([\d.]+) after", printed).groups())
+    assert 6.9 < before < 7.1  # ln 1024 is 6.93: it knew nothing
+    assert after < before - 0.3
+    assert (work / "continued/exported/model.safetensors").exists()
+    assert (work / "continued/imported/checkpoints/trained.ckpt").exists()
