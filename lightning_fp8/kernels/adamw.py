@@ -91,7 +91,7 @@ class _Task(ctypes.Structure):
     _fields_ = (
         *(
             (name, ctypes.c_void_p)
-            for name in ("weight", "grad", "m_codes", "m_scale", "v_codes", "v_max", "v_density")
+            for name in ("weight", "grad", "m_codes", "m_scale", "v_codes", "v_max", "v_density", "v_split", "v_gap")
         ),
         *((name, ctypes.c_void_p) for name in ("whole_rows", "m_levels")),
         *((name, ctypes.c_int64) for name in ("rows", "columns", "block_size")),
