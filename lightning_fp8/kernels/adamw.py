@@ -149,7 +149,8 @@ def adamw(
 torch.library.define(
     "lightning_fp8::adamw",
     "(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] m_codes, Tensor(c!)[] m_scale, Tensor(d!)[] v_codes,"
-    " Tensor(e!)[] v_max, Tensor(f!)[] v_density, Tensor steps, Tensor numbers, Tensor? finite, int[] first_rows,"
+    " Tensor(e!)[] v_max, Tensor(f!)[] v_density, Tensor(g!)[] v_split, Tensor(h!)[] v_gap, Tensor steps,"
+    " Tensor numbers, Tensor? finite, int[] first_rows,"
     " int[] first_columns, int[] keys, float[] group, float? max_update, int block_size) -> ()",
     tags=torch.Tag.pt2_compliant_tag,
 )
@@ -199,6 +200,8 @@ def _unpacked(
     v_codes: list[Tensor],
     v_max: list[Tensor],
     v_density: list[Tensor],
+    v_split: list[Tensor],
+    v_gap: list[Tensor],
     steps: Tensor,
     numbers: Tensor,
     finite: Tensor | None,
@@ -210,7 +213,7 @@ def _unpacked(
     block_size: int,
 ) -> tuple[list[Matrix], Tensor, Tensor, Group, int, Tensor | None]:
     """The operator's arguments as those of `adamw`."""
-    moments = map(FP8Moments, m_codes, m_scale, v_codes, v_max, v_density)
+    moments = map(FP8Moments, m_codes, m_scale, v_codes, v_max, v_density, v_split, v_gap)
     pairs = zip(keys[::2], keys[1::2], strict=True)
     matrices = list(map(Matrix, weights, grads, moments, first_rows, first_columns, pairs))
     return matrices, steps, numbers, Group._make((*group, max_update)), block_size, finite

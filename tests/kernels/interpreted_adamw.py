@@ -54,7 +54,7 @@ class Kernel:
             self.stepped += matrix.weight.numel()
 
 
-def stored(kernel, by_kernel, *, shapes, weights=BF16, grads=BF16, steps=9, age=0, size=1e-3, **options):
+def stored(kernel, by_kernel, *, shapes, weights=BF16, grads=BF16, steps=9, age=0, size=1e-3, rare=1.0, **options):
     """All that is stored after some steps, the last of them perhaps by the kernel."""
     gen = torch.Generator().manual_seed(0)
     params = [torch.nn.Parameter((torch.randn(s, generator=gen) * 0.02).to(weights)) for s in shapes]
@@ -66,6 +66,7 @@ def stored(kernel, by_kernel, *, shapes, weights=BF16, grads=BF16, steps=9, age=
             spread = (torch.randn(p.shape[-1:], generator=gen) * 3).exp()
             grad = torch.randn(p.shape, generator=gen) * size * spread * (torch.rand(p.shape, generator=gen) < 0.7)
             grad[..., :2] *= step < 2  # two columns that die
+            grad[..., 2::3] *= rare
             p.grad = grad.to(grads)
         kernel.on = by_kernel and step == steps - 1
         for state in optimizer.state.values():
@@ -108,6 +109,7 @@ CASES = {
     "tiny gradients": {"shapes": [(2, 160)], "size": 1e-19, "grads": FP32},
     "no eps, tiny gradients": {"shapes": [(2, 160)], "size": 1e-20, "eps": 0.0, "grads": FP32},
     "huge gradients": {"shapes": [(2, 160)], "size": 1e14, "grads": FP32},
+    "two kinds of columns": {"shapes": [(2, 200), (2, 256)], "rare": 1e-13, "grads": FP32},
     "first step": {"shapes": [(3, 130)], "steps": 1},
     "a new start of the dither": {"shapes": [(2, 64)], "age": 2**20 + 1017},
 }
@@ -137,6 +139,13 @@ def test_ratios_below_every_number_that_is_normal(exponent, monkeypatch):
         results.append([p.detach(), *optimizer.state[p].values()])
     assert kernel.stepped
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_some_blocks_have_a_gap_in_their_lattice(monkeypatch):
+    kernel, gaps = Kernel(monkeypatch), []
+    monkeypatch.setattr(FP8AdamW, "_state_of", lambda *_, f=FP8AdamW._state_of: gaps.append(f(*_)) or gaps[-1])
+    stored(kernel, False, **CASES["two kinds of columns"])
+    assert any((state["v_gap"] > 0).any() for state in gaps)
 
 
 GROUP = Group(0.9, 1 - 0.9, 0.999, 1 - 0.999, 1e-8, 1.0, None)

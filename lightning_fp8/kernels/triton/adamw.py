@@ -18,9 +18,9 @@ from lightning_fp8.kernels.triton.random import drawn, stochastic_bf16, widened
 from lightning_fp8.kernels.triton.table import owner_of, pointer
 
 TILE = 2048  # elements a program: 16 a thread, so that each loads and stores 16 bytes of codes
-# Columns of the table, int64: seven addresses and six numbers, in the order of `one_kernel`'s arguments, and the place
+# Columns of the table, int64: nine addresses and six numbers, in the order of `one_kernel`'s arguments, and the place
 # among the steps and numbers.
-COLUMNS = tl.constexpr(14)
+COLUMNS = tl.constexpr(16)
 
 
 @triton.jit(do_not_specialize=["PARAMETERS"])
@@ -54,7 +54,7 @@ def many_kernel(
     program = tl.program_id(0)
     owner = owner_of(first_ptr, program, PARAMETERS, PADDED)
     at = table_ptr + owner * COLUMNS
-    place = tl.load(at + 13)
+    place = tl.load(at + 15)
     _step(
         pointer(at, WEIGHT, ALIGNMENT),
         pointer(at + 1, GRAD, ALIGNMENT),
@@ -63,13 +63,15 @@ def many_kernel(
         pointer(at + 4, tl.uint8, ALIGNMENT),
         pointer(at + 5, tl.float32, 1),
         pointer(at + 6, tl.uint8, 1),
+        pointer(at + 7, tl.uint8, 1),
+        pointer(at + 8, tl.uint8, 1),
         program - tl.load(first_ptr + owner),
-        tl.load(at + 7),
-        tl.multiple_of(tl.load(at + 8), ALIGNMENT),
         tl.load(at + 9),
-        tl.load(at + 10),
+        tl.multiple_of(tl.load(at + 10), ALIGNMENT),
         tl.load(at + 11),
         tl.load(at + 12),
+        tl.load(at + 13),
+        tl.load(at + 14),
         tl.load(steps_ptr + place),
         numbers_ptr + place * 4,
         levels_ptr,
@@ -95,6 +97,8 @@ def one_kernel(
     v_codes_ptr,
     v_max_ptr,
     v_density_ptr,
+    v_split_ptr,
+    v_gap_ptr,
     rows,
     columns,
     first_row,
@@ -128,6 +132,8 @@ def one_kernel(
         v_codes_ptr,
         v_max_ptr,
         v_density_ptr,
+        v_split_ptr,
+        v_gap_ptr,
         tl.program_id(0),
         rows,
         columns,
@@ -160,6 +166,8 @@ def _step(
     v_codes_ptr,
     v_max_ptr,
     v_density_ptr,
+    v_split_ptr,
+    v_gap_ptr,
     tile,
     rows,
     columns,
@@ -198,6 +206,8 @@ def _step(
         tl.load(v_codes_ptr + offsets, mask=inside, other=0),
         tl.load(v_max_ptr + block, mask=exists, other=0.0),
         tl.load(v_density_ptr + block, mask=exists, other=0),
+        tl.load(v_split_ptr + block, mask=exists, other=0),
+        tl.load(v_gap_ptr + block, mask=exists, other=0),
         levels_ptr,
         roots_ptr,
     )
@@ -222,12 +232,14 @@ def _step(
     else:
         tl.store(weight_ptr + offsets, exact, mask=inside)
 
-    m_codes, m_scale, v_codes, v_max, v_density = moments.encode(m, v, uniform, roots_ptr)
+    m_codes, m_scale, v_codes, v_max, v_density, v_split, v_gap = moments.encode(m, v, uniform, roots_ptr)
     tl.store(m_codes_ptr + offsets, m_codes, mask=inside)
     tl.store(v_codes_ptr + offsets, v_codes, mask=inside)
     tl.store(m_scale_ptr + block, m_scale, mask=exists)
     tl.store(v_max_ptr + block, v_max, mask=exists)
     tl.store(v_density_ptr + block, v_density, mask=exists)
+    tl.store(v_split_ptr + block, v_split, mask=exists)
+    tl.store(v_gap_ptr + block, v_gap, mask=exists)
 
 
 @triton.jit

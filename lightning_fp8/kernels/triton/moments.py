@@ -30,11 +30,11 @@ NEAREST = tl.constexpr(1.5 * 2.0**23)  # for numbers of either sign; its own low
 
 
 @triton.jit
-def decode(m_codes, m_scale, v_codes, hi, density, levels_ptr, roots_ptr):
+def decode(m_codes, m_scale, v_codes, hi, density, split, gap, levels_ptr, roots_ptr):
     """The moments (m, v), fp32."""
     lattice, root_hi, _, _ = _lattice(hi, density)
     code = as_float(v_codes.to(tl.int32) | WHOLE_BITS) - WHOLE
-    root = _root(code, lattice, roots_ptr)
+    root = _root(code, lattice, split.to(tl.int32), gap.to(tl.int32), roots_ptr)
     unit = as_float(m_scale.to(tl.int32) << 23)
     m = tl.load(levels_ptr + m_codes.to(tl.int32)) * unit[:, None] * tl.minimum(root, root_hi[:, None])
     return m, tl.minimum(root * root, hi[:, None]) * tl.minimum(code, 1.0)
@@ -45,7 +45,7 @@ def encode(m, v, uniform, roots_ptr):
     """The codes of both moments, fp32, with v >= 0; `uniform` fp32 in [0, 1) rounds those of v.
 
     Returns:
-        As in `FP8Moments`: m_codes, m_scale, v_codes, v_max, v_density.
+        As in `FP8Moments`: m_codes, m_scale, v_codes, v_max, v_density, v_split, v_gap.
     """
     bits = as_int(v)
     dead = bits < TINY_BITS
@@ -53,16 +53,23 @@ def encode(m, v, uniform, roots_ptr):
     hi_bits = tl.where(hi_bits < TINY_BITS, 0, hi_bits)
     lo_bits = tl.min(tl.where(dead, HUGE_BITS, bits), axis=1)
     hi, positive = as_float(hi_bits), tl.maximum(hi_bits, TINY_BITS)
-    density = _density(positive, lo_bits)
+    middle = (positive >> 1) + (lo_bits >> 1)
+    low = bits < middle[:, None]
+    over = tl.min(tl.where(low, HUGE_BITS, bits), axis=1)
+    under = tl.max(tl.where(low, bits, 0), axis=1)
+    gap = _gap(positive, over, under)
+    density = _density(positive, lo_bits, gap)
     lattice, root_hi, k, base = _lattice(hi, density)
     stretch = tl.math.div_rn(tl.full(hi.shape, 1.0, tl.float32), _point(positive, k, base))
     slack = k * 2.0**-20 + 2.0**-16
     spread = 1.0 - 2.0 * slack
-    exact = _point(bits, k[:, None], base[:, None])
+    split = (tl.minimum(tl.maximum(tl.floor(_point(over, k, base)), -252.0), 1.0) + 253.0) * tl.minimum(gap, 1.0)
+    exact = _point(bits, k[:, None], tl.where(low, (base - 2.0 * k * gap)[:, None], base[:, None]))
     rounded = tl.floor(tl.maximum(exact, exact * stretch[:, None]) + (uniform * spread[:, None] + slack[:, None]))
     v_code = tl.where(dead, 0.0, tl.minimum(tl.maximum(rounded, -252.0), 1.0) + 253.0)
 
-    root = tl.minimum(_root(v_code, lattice, roots_ptr), root_hi[:, None])
+    split, gap = split.to(tl.int32), gap.to(tl.int32)
+    root = tl.minimum(_root(v_code, lattice, split, gap, roots_ptr), root_hi[:, None])
     m = tl.where(dead, 0.0, m)
     ratio = ieee.quotient(m * FAR_UP, root) * FAR_DOWN
     largest = tl.max(as_int(ratio) & 0x7FFFFFFF, axis=1)
@@ -75,7 +82,15 @@ def encode(m, v, uniform, roots_ptr):
     x = tl.maximum(x, 2.0**-60)  # what has no code anyhow
     spread_m = with_sign_of(ieee.root(x) * x * x * 448.0, m)
     m_codes = to_fp8(spread_m, tl.float8e4nv).to(tl.uint8, bitcast=True)
-    return m_codes, exponent.to(tl.uint8), as_int(v_code + WHOLE).to(tl.uint8), hi, density.to(tl.uint8)
+    return (
+        m_codes,
+        exponent.to(tl.uint8),
+        as_int(v_code + WHOLE).to(tl.uint8),
+        hi,
+        density.to(tl.uint8),
+        split.to(tl.uint8),
+        gap.to(tl.uint8),
+    )
 
 
 @triton.jit
@@ -97,7 +112,7 @@ def _lattice(hi, density):
 
 
 @triton.jit
-def _root(code, lattice, roots_ptr):
+def _root(code, lattice, split, gap, roots_ptr):
     """The root of the lattice point of `code`, fp32: its octave, and the root within it from the table."""
     first, period, step, begin, exponent = lattice
     # Whole numbers, so the fused operations round nothing; the code that means hi gets a point that is surely above it.
@@ -106,7 +121,9 @@ def _root(code, lattice, roots_ptr):
     octaves = tl.fma(point, step[:, None], (step * 0.5 - 0.5)[:, None]) + NEAREST
     within = tl.fma(NEAREST - octaves, period[:, None], point) + WHOLE
     root = tl.load(roots_ptr + (as_int(within) + begin[:, None]))
-    return as_float((as_int(octaves) << 23) + exponent[:, None] + as_int(root))
+    # Codes below the split are as many octaves lower as the gap says.
+    skipped = tl.where(code < split.to(tl.float32)[:, None], (exponent - (gap << 23))[:, None], exponent[:, None])
+    return as_float((as_int(octaves) << 23) + skipped + as_int(root))
 
 
 @triton.jit
@@ -117,10 +134,23 @@ def _point(bits, k, base):
 
 
 @triton.jit
-def _density(hi_bits, lo_bits):
-    hi_octave, hi_log = log2(hi_bits)
-    lo_octave, lo_log = log2(lo_bits)
-    octaves = (hi_octave - lo_octave).to(tl.float32) + (hi_log - lo_log)
-    octaves = tl.minimum(tl.maximum(octaves, 252.0 / 1024.0), 42.0)
+def _density(hi_bits, lo_bits, gap):
+    octaves = tl.minimum(tl.maximum(_octaves(hi_bits, lo_bits) - 2.0 * gap, 252.0 / 1024.0), 42.0)
     densest = tl.math.div_rn(tl.full(octaves.shape, 252.0, tl.float32), octaves)
     return (as_int(densest) >> DENSITY_BITS) - DENSITY_BIAS
+
+
+@triton.jit
+def _gap(hi_bits, over_bits, under_bits):
+    """Octaves of the root that are left out between the two numbers, as whole fp32 numbers."""
+    empty = _octaves(over_bits, tl.maximum(under_bits, TINY_BITS)) * 0.5 - 0.25
+    gap = tl.minimum(tl.maximum(tl.floor(empty), 0.0), 40.0)
+    return tl.where((under_bits >= TINY_BITS) & (_octaves(hi_bits, over_bits) < 40.0), gap, 0.0)
+
+
+@triton.jit
+def _octaves(a_bits, b_bits):
+    """log2(a / b)."""
+    a_octave, a_log = log2(a_bits)
+    b_octave, b_log = log2(b_bits)
+    return (a_octave - b_octave).to(tl.float32) + (a_log - b_log)
