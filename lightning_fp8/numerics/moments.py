@@ -39,8 +39,8 @@ max|r| (one E8M0 byte),
 The exponent 2.5 trades E4M3's surplus of range for precision. m rounds to nearest; stochastic rounding hurts it.
 
 **When it fails.** v below 2^-126 counts as 0 on every device (as if subnormals were flushed), and where v is 0, so is
-m. Elements of a block below hi * 2^-42, and below what a gap adds to that, are raised to it, or a code less, which makes
-their updates smaller, never larger. Both moments must be finite. |m| / sqrt(v) beyond 2^126 counts as that.
+m. Elements of a block below hi * 2^-42, and below what a gap adds to that, are raised to it, or a code less: their
+updates become smaller, never larger. Both moments must be finite. |m| / sqrt(v) beyond 2^126 counts as that.
 
 **The same codes on every path.** All is fp32 arithmetic whose every operation IEEE 754 determines (`elementary.py`), so
 codes depend neither on how a tensor was cut nor on whether they were computed by torch's operations or by a kernel.

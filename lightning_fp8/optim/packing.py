@@ -6,7 +6,8 @@ their size. Everything that a block needs to know of its parameter is looked up 
 """
 
 import functools
-from collections.abc import Callable, Iterable
+import types
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -69,12 +70,15 @@ def alike(members: Iterable[Member]) -> list[list[Member]]:
 
     Empty parameters are left out: they have nothing to step, and no rows to pack.
     """
-    batches: dict[Any, list[Member]] = {}
+    batches: dict[tuple[Any, ...], list[Member]] = {}
     for member in members:
         if member.weight.numel():
-            kind = (member.weight.device, member.weight.dtype, member.grad.dtype, member.moments, member.weights)
-            batches.setdefault(kind, []).append(member)
+            batches.setdefault(_kind(member), []).append(member)
     return list(batches.values())
+
+
+def _kind(member: Member) -> tuple[Any, ...]:
+    return member.weight.device, member.weight.dtype, member.grad.dtype, member.moments, member.weights
 
 
 def step_batch(members: list[Member], group: dict[str, Any], finite: Tensor | None = None) -> Counts | None:
@@ -94,7 +98,7 @@ def step_batch(members: list[Member], group: dict[str, Any], finite: Tensor | No
         _step_by_kernel(batch, members, group, finite)
         return None
     if group["compile"]:
-        hyper, compute = hyper.as_tensors(), _compiled_step()
+        hyper, compute = hyper.as_tensors(), _compiled_step(*_kind(members[0]), hyper.maximize, hyper.max_update)
     device = batch.keys.device
     lanes = torch.arange(size, dtype=torch.int32, device=device)
     own_rates = [member.rate for member in members if member.rate is not None]
@@ -198,8 +202,14 @@ def step_rows(
 
 
 @functools.cache
-def _compiled_step() -> Callable[..., Step]:
-    compiled: Callable[..., Step] = torch.compile(step_rows, dynamic=True, fullgraph=True)
+def _compiled_step(*kind: Hashable) -> Callable[..., Step]:
+    """`step_rows` compiled for one kind of parameters and options, by whatever tells them apart.
+
+    Each is compiled from code of its own: dynamo counts the graphs of a code object, and gives up after eight, which
+    the formats and dtypes of one process may exceed.
+    """
+    own = types.FunctionType(step_rows.__code__.replace(), step_rows.__globals__, step_rows.__name__)
+    compiled: Callable[..., Step] = torch.compile(own, dynamic=True, fullgraph=True)
     return compiled
 
 

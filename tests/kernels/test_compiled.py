@@ -93,6 +93,7 @@ def compiled(launched, capability):
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": arguments["num_warps"], "enable_fp_fusion": arguments.get("enable_fp_fusion", True)}
+    options |= {"maxnreg": arguments["maxnreg"]} if "maxnreg" in arguments else {}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
