@@ -8,7 +8,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DATA   := data/quickstart
 
-.PHONY: train test lint type unit test-slow test-oldest evidence evidence-full docs clean
+.PHONY: train test lint type unit test-slow test-oldest audit fuzz dist reliability evidence evidence-full docs clean
 
 train: $(DATA)/manifest.json
 	$(BIN)/lightning-fp8 fit --config configs/quickstart.yaml
@@ -46,6 +46,25 @@ test-oldest:
 	.venv-oldest/bin/uv pip install -q --python .venv-oldest/bin/python --upgrade --resolution lowest-direct -e '.[test]'
 	.venv-oldest/bin/python -m pytest -q
 
+# What is installed, against the published advisories. It needs the network.
+audit: $(VENV)/.installed
+	test -x .venv-audit/bin/pip-audit || { $(PYTHON) -m venv .venv-audit && .venv-audit/bin/pip install -q pip-audit; }
+	.venv-audit/bin/pip-audit --path $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+
+# Five minutes of what reads files of others, guided by coverage; what crashes it is left in fuzz/.
+fuzz: $(VENV)/.installed-test
+	$(BIN)/python -m pip install -q atheris
+	mkdir -p fuzz
+	cd fuzz && PYTHONPATH=.. ../$(BIN)/python ../tests/hostile/fuzz.py . ../tests/hostile/seeds -max_total_time=300
+
+# The README's table of faults, from what the tests count; half an hour.
+reliability: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/hostile/reliability.py
+
+# The same bytes each time: the time in the archives is that of the last commit.
+dist: $(VENV)/.installed-test
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m hatchling build
+
 docs: $(VENV)/.installed-test
 	$(BIN)/mkdocs build --strict
 
@@ -61,4 +80,4 @@ $(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
 	touch $@ $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV) .venv-oldest build data runs
+	rm -rf $(VENV) .venv-oldest .venv-audit build data runs fuzz

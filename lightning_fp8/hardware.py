@@ -118,6 +118,14 @@ def _runs_kernels() -> bool:
     return capability >= (9, 0) or (capability == (8, 9) and _version_of("triton") >= (3, 9))
 
 
+def compiles_gradient_casts() -> bool:
+    """Whether the kernel that casts gradients for a reduction can be compiled for this machine's CUDA device.
+
+    For sm_89 the ptxas of Triton 3.9 crashes on it, or does not end.
+    """
+    return runs_kernels() and torch.cuda.get_device_capability() >= (9, 0)
+
+
 def _version_of(package: str) -> tuple[int, ...]:
     return tuple(int(part) for part in metadata.version(package).split(".")[:2])
 

@@ -10,7 +10,18 @@ from lightning_fp8.cli.main import main
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 QUICKSTART = CONFIGS / "quickstart.yaml"
-OVERLAYS = ("precision", "model", "context", "memory", "optimizer", "recipes", "stability", "strategy", "cluster")
+OVERLAYS = (
+    "precision",
+    "model",
+    "context",
+    "memory",
+    "optimizer",
+    "recipes",
+    "stability",
+    "strategy",
+    "cluster",
+    "checkpoint",
+)
 COMMANDS: dict[Path, list[str]] = {
     **{path: ["fit", "--config", str(path)] for path in sorted(CONFIGS.glob("*.yaml"))},
     **{

@@ -6,6 +6,7 @@ from lightning_fp8.callbacks.dead_blocks import DeadBlocks
 from lightning_fp8.callbacks.gradients import FP8Gradients
 from lightning_fp8.callbacks.guard import FP8Guard
 from lightning_fp8.callbacks.monitor import FP8Monitor
+from lightning_fp8.callbacks.peers import PeerWatch
 from lightning_fp8.callbacks.progress import StepProgress
 from lightning_fp8.callbacks.readings import Figure, Reading
 from lightning_fp8.callbacks.report import RunReport
@@ -22,6 +23,7 @@ __all__ = [
     "FP8Monitor",
     "Figure",
     "LastCheckpoint",
+    "PeerWatch",
     "Reading",
     "RunLog",
     "RunReport",

@@ -9,8 +9,8 @@ run as if there were no monitor.
   are compiled models: torch.compile does not see hooks that come and go, so the forward and backward pass of a sampled
   batch run eagerly, and differ from compiled ones as compiled and eager do.
 * With gradient accumulation the first micro-batch of a sampled step is measured.
-* The optimizer's figures are those of `FP8AdamW.health()`, of the step before the reading; they are there where its
-  groups have `track_health`.
+* The optimizer's figures are those of `FP8AdamW`'s last step, a layer at a time; they are there where its groups have
+  `track_health`.
 * Every logger gets `fp8/<layer>/<role>/<metric>`, except `RunLog`, which gets the worst layer's figure of each metric,
   `fp8/worst/<role>/<metric>`; the run folder gets all in `fp8.csv`, and two pictures at the end of fit.
 * Scale drift is from one reading to the next.
@@ -88,7 +88,7 @@ class FP8Monitor(Callback):
             for find in (linear_places, decoder_places)
             for place in find(name, module)
         )
-        places.update(optimizer_places(trainer.optimizers))
+        places.update(optimizer_places(trainer.optimizers, pl_module))
         self._tally = Tally(places, pl_module.device)
         self._sampled = False
         if trainer.is_global_zero:
@@ -145,7 +145,7 @@ class FP8Monitor(Callback):
     def _read(self, trainer: Trainer, pl_module: LightningModule, tally: Tally) -> None:
         for name, module in _named_modules(pl_module):
             measure_alignment(name, module, tally)
-        measure_optimizer(trainer.optimizers, tally)
+        measure_optimizer(trainer.optimizers, pl_module, tally)
         reading = Reading(trainer.global_step, self._with_drift(tally.read()))
         if trainer.is_global_zero:
             table.append(Path(trainer.default_root_dir), reading)

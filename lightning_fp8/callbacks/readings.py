@@ -21,8 +21,9 @@ class Reading:
     Attributes:
         step: `trainer.global_step` at which it was read: the number of optimizer steps taken.
         values: Layer name -> role -> metric name -> figure. Roles are "input", "weight" and "grad_output" of a linear
-            layer, "attention", "output" and "update" (of the optimizer). What was not seen in the interval is not in
-            it. A figure may be infinite (the SQNR of a cast without error) or, of non-finite tensors, NaN.
+            layer, "attention", "output" and "update" (what the optimizer does to a layer). What was not seen in the
+            interval is not in it. A figure may be infinite (the SQNR of a cast without error) or, of non-finite
+            tensors, NaN.
     """
 
     step: int

@@ -1,18 +1,22 @@
 """`metrics.csv`: one row a logged step, whole after a kill, continued after a resume.
 
 Lightning's CSVLogger deletes the file of an earlier run of the same folder, also when that run is being resumed, and
-keeps rows in memory that a kill would lose. This logger writes each row as it comes. When training starts or resumes
-at optimizer step n, rows of step n and later are dropped: they were written after the checkpoint, by a run that died.
+keeps rows in memory that a kill would lose. This logger writes each row as it comes; rows for which the
+disk has no room wait. When training starts or resumes at optimizer step n, rows of step n and later are dropped: they
+were written after the checkpoint, by a run that died.
 """
 
 import csv
+import io
 import os
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
-from lightning_utilities.core.rank_zero import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor
+
+from lightning_fp8.files import NO_SPACE
 
 
 class RunLog(Logger):
@@ -26,6 +30,7 @@ class RunLog(Logger):
         super().__init__()
         self._folder = Path(save_dir)
         self._columns: list[str] = []
+        self._waiting: list[dict[str, Any]] = []  # rows for which the disk had no room
 
     @property
     def name(self) -> str:
@@ -60,8 +65,28 @@ class RunLog(Logger):
             rows = self.rows()
             self._columns = list(dict.fromkeys([*self._columns, *(rows[0] if rows else ()), *new]))
             self._write(rows)
-        with self.file.open("a", newline="") as file:
-            csv.DictWriter(file, self._columns).writerow(row)
+        if not self._append([*self._waiting, row]):
+            if not self._waiting:
+                rank_zero_warn(f"No room for {self.file}: its rows wait in memory until there is.")
+            self._waiting.append(row)
+            return
+        self._waiting = []
+
+    def _append(self, rows: list[dict[str, Any]]) -> bool:
+        """Writes all of the rows, or none if there is no room."""
+        text = io.StringIO(newline="")
+        csv.DictWriter(text, self._columns).writerows(rows)
+        content = text.getvalue().encode()
+        with self.file.open("ab", buffering=0) as file:
+            size = file.tell()
+            try:
+                if file.write(content) == len(content):
+                    return True
+            except OSError as error:
+                if error.errno not in NO_SPACE:
+                    raise
+            file.truncate(size)
+        return False
 
     @rank_zero_only
     def start_at(self, step: int) -> None:

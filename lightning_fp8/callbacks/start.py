@@ -1,6 +1,7 @@
 """What a run is about to do, said before its first step: while it is cheap to stop and correct."""
 
 import math
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -54,8 +55,11 @@ def training_bytes(trainer: Trainer, model: DecoderLM, data: TokenDataModule) ->
     mode = Mode("this run", dtype, model.optimizer, release=model.gradient_release)
     sharded = isinstance(trainer.strategy, ModelParallelStrategy)
     ledger = estimate(twin, mode, ways=trainer.world_size if sharded else 1)
-    recipe = getattr(trainer.precision_plugin, "recipe", None)
-    batch = activations(model.config, data.batch_size, data.sequence_length, recipe, model.activation_checkpointing)
+    plugin: Any = trainer.precision_plugin
+    recipe, patterns = getattr(plugin, "recipe", None), getattr(plugin, "fp8_activations", ())
+    patterns = [pattern.removeprefix("decoder.") for pattern in patterns]  # the model is what holds the decoder
+    how = model.activation_checkpointing
+    batch = activations(model.config, data.batch_size, data.sequence_length, recipe, how, patterns)
     return ledger.total_bytes, batch.peak
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_fp8.checkpoint.families import config_from_hf, weight_from_hf, weight_to_hf
+from lightning_fp8.checkpoint.integrity import check_checkpoint
 from lightning_fp8.models.config import DecoderConfig, config_from_dict
 from lightning_fp8.models.decoder import Decoder
 from lightning_fp8.models.lit import load_weights
@@ -50,7 +51,8 @@ def open_ours(path: Path) -> Weights:
     Raises:
         ValueError: It is none, or it lacks a weight.
     """
-    if path.is_dir() and (path / ".metadata").is_file():
+    check_checkpoint(path)
+    if path.is_dir():
         return _open_sharded(path)
     saved, tensors = load_weights(str(path))
     return _checked(config_from_dict(saved), tensors, tensors.__getitem__, path)
@@ -108,7 +110,11 @@ def _files(path: Path) -> dict[str, Path]:
 
     folder = path if path.is_dir() else path.parent
     if path.is_dir() and (path / INDEX).is_file():
-        return {name: folder / file for name, file in json.loads((path / INDEX).read_text())["weight_map"].items()}
+        files = json.loads((path / INDEX).read_text())["weight_map"]
+        for name, file in files.items():
+            if Path(file).name != file:
+                raise ValueError(f"{path / INDEX}: {name} is in {file}, outside of its folder: do not use this model.")
+        return {name: folder / file for name, file in files.items()}
     single = path / SINGLE if path.is_dir() else path
     if not single.is_file():
         raise ValueError(f"{path} has neither {SINGLE} nor {INDEX}; weights in other formats are not read.")

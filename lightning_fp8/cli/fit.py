@@ -10,22 +10,32 @@ import sys
 import warnings
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import IO, Any, TypeVar, cast
 
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import FSDPStrategy
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only
 
-from lightning_fp8.callbacks import RunLog, StartReport
+from lightning_fp8.callbacks import PeerWatch, RunLog, StartReport
+from lightning_fp8.callbacks.events import SpareEvents
 from lightning_fp8.callbacks.start import tokens_per_step
-from lightning_fp8.cli.parsers import FitParser, reason
+from lightning_fp8.checkpoint.integrity import check_checkpoint
+from lightning_fp8.checkpoint.io import CheckedCheckpointIO
+from lightning_fp8.cli.launch import batches_per_step, follow_torchrun
+from lightning_fp8.cli.mistakes import wrong_file
+from lightning_fp8.cli.parsers import FitParser, reason, refuse
+from lightning_fp8.cli.trust import load_tensors_only, restrict_class_paths
 from lightning_fp8.data import TokenDataModule
+from lightning_fp8.distributed.peers import LostPeerError, loss_said_of
+from lightning_fp8.files import hold
 from lightning_fp8.models import DecoderLM
 from lightning_fp8.precision import FP8Precision
 
+LOCK_NAME = ".lock"
 CLI = TypeVar("CLI", bound=LightningCLI)
 
 # Said of Lightning's and litdata's own code, or of a choice that is right here: nothing that a user can act on.
@@ -52,35 +62,88 @@ def start(cli: type[CLI], argv: list[str], **options: Any) -> CLI:
     """
     for message in _NOISE:
         warnings.filterwarnings("ignore", message)
-    sys.argv = argv  # LightningCLI advises against its `args` parameter for command lines
+    argv = restrict_class_paths(argv)
+    load_tensors_only()
+    if complaint := wrong_file(argv):
+        refuse(complaint)
+    # LightningCLI advises against its `args` parameter for command lines. Lightning starts more processes by argv[0].
+    sys.argv = [sys.argv[0], *argv[1:]]
     defaults: dict[str, Any] = {
         "seed_everything_default": 0,
         "auto_configure_optimizers": False,
         "save_config_callback": StartRun,
         "save_config_kwargs": {"overwrite": True},
         "parser_class": FitParser,
+        "parser_kwargs": {"prog": argv[0]},
         "trainer_defaults": {"default_root_dir": "runs/default"},
     }
     try:
         return cli(DecoderLM, TokenDataModule, **{**defaults, **options})
     except ValueError as error:
-        raise ValueError(reason(str(error))) from error
+        what = "seed_everything: " if "numpy accepts" in str(error) else ""
+        raise ValueError(what + reason(str(error))) from error
+    except RuntimeError as error:
+        lost = loss_said_of(error)
+        if lost is None:
+            raise
+        raise LostPeerError(lost) from error
 
 
 class StartRun(SaveConfigCallback):
     """Gives a training run its folder, with the configuration in it.
 
     It acts when the data has been checked and before any logger writes. Evaluations leave the folder alone: they must
-    not replace the configuration that trained.
+    not replace the configuration that trained. Only one run at a time has the folder.
     """
+
+    _lock: IO[str] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Moves an earlier run out of the way, unless it is being resumed, and writes `config.yaml`."""
         if stage != "fit":
             return
-        if trainer.is_global_zero and not self.config.get("ckpt_path"):
-            _move_earlier_run(Path(trainer.default_root_dir))
+        folder = Path(trainer.default_root_dir)
+        if trainer.is_global_zero and not cast(Any, trainer).fast_dev_run:
+            busy = f"Another run writes to {folder}: wait for it, or give another --trainer.default_root_dir."
+            if (folder / LOCK_NAME).exists():
+                hold(folder / LOCK_NAME, busy).close()
+            if not self.config.get("ckpt_path"):
+                _move_earlier_run(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = hold(folder / LOCK_NAME, busy)
         super().setup(trainer, pl_module, stage)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Asks for a state to go on from.
+
+        Raises:
+            ValueError: There are weights alone.
+        """
+        if trainer.state.fn == TrainerFn.FITTING and "optimizer_states" not in checkpoint:
+            raise ValueError(
+                f"{trainer.ckpt_path} has no optimizer state, so training cannot go on from it: begin a run with its"
+                f" weights instead, --model.initial_weights {trainer.ckpt_path}."
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Asks whether the state that was loaded is one of this optimizer.
+
+        Raises:
+            ValueError: It lacks an option that this one needs at each step.
+        """
+        for optimizer in trainer.optimizers if trainer.ckpt_path else ():
+            missing = {name for group in optimizer.param_groups for name in set(optimizer.defaults) - set(group)}
+            if missing:
+                raise ValueError(
+                    f"{trainer.ckpt_path} is of another optimizer than {type(optimizer).__name__}: it has no"
+                    f" {', '.join(sorted(missing)[:3])}. Resume with the --model.optimizer that it was trained with."
+                )
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Lets others have the folder."""
+        if self._lock:
+            self._lock.close()
+            self._lock = None
 
 
 class FP8CLI(LightningCLI):
@@ -101,6 +164,17 @@ class FP8CLI(LightningCLI):
             default=None,
             help="Tokens to train on, such as 300M or 10B, instead of trainer.max_steps.",
         )
+        parser.add_argument(
+            "--global_batch",
+            type=int | None,
+            default=None,
+            help="Sequences of an optimizer step, of all processes, however many there are: sets"
+            " trainer.accumulate_grad_batches.",
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """Takes the number of processes from torchrun."""
+        follow_torchrun(self.config[self.subcommand] if self.subcommand else self.config)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Adds the plugin and, for `fit`, the loggers of the run folder."""
@@ -127,31 +201,79 @@ class FP8CLI(LightningCLI):
                 )
             trainer_config["plugins"] = [*plugins, plugin]
         folder = trainer_config["default_root_dir"]
-        budget = self._get(self.config_init, "max_tokens") if self.subcommand == "fit" else None
+        training = self.subcommand == "fit"
+        budget = self._get(self.config_init, "max_tokens") if training else None
+        global_batch = self._get(self.config_init, "global_batch") if training else None
         if budget is not None:
             _check_no_other_end(trainer_config)
             trainer_config["max_epochs"] = -1
         if trainer_config.get("logger") is None:
-            if self.subcommand == "fit":
-                loggers = [RunLog(folder), TensorBoardLogger(folder, name="", version="")]
+            if training:
+                loggers = [RunLog(folder), SpareEvents(folder, name="", version="")]
                 trainer_config["logger"] = loggers
             else:
                 trainer_config["logger"] = False
-        trainer = super().instantiate_trainer(**kwargs)
-        if self.subcommand == "fit":
+        _check_numbers(trainer_config)
+        trainer = self._trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = CheckedCheckpointIO()
+        cast(Any, trainer).callbacks.insert(0, PeerWatch())
+        if training:
             cast(Any, trainer).callbacks.insert(0, StartReport())
+        if global_batch is not None:
+            if trainer.accumulate_grad_batches != 1:
+                raise ValueError("global_batch and trainer.accumulate_grad_batches exclude each other: leave one out.")
+            trainer.accumulate_grad_batches = batches_per_step(
+                global_batch, self.datamodule.batch_size, trainer.world_size
+            )
         if budget is not None:
             tokens, step = parse_tokens(budget), tokens_per_step(trainer, self.datamodule)
             # The size of a step is not known before the trainer has counted its devices.
             trainer.fit_loop.epoch_loop.max_steps = -(-tokens // step)
         return trainer
 
+    def _trainer(self, **kwargs: Any) -> Trainer:
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except Exception as error:
+            accelerator = str(self._get(self.config_init, "trainer", default={}).get("accelerator"))
+            if "backend found" in str(error) or "can not run on your system" in str(error):
+                raise ValueError(
+                    f"trainer.accelerator is {accelerator}, and torch finds none here: set it to cpu or auto;"
+                    " `lightning-fp8 doctor` says what this machine has."
+                ) from error
+            raise
+
+    def _parse_ckpt_path(self) -> None:
+        """Looks at the checkpoint first; LightningCLI would look in it for options, which ours have none of."""
+        path = str(self.config[self.config.subcommand].get("ckpt_path") or "") if self.config.get("subcommand") else ""
+        if path in ("", "last", "best", "hpc", "registry") or "://" in path:
+            return
+        if Path(path).is_dir() and cast(Any, rank_zero_only).rank:  # one process reads all shards, and not every one
+            return
+        check_checkpoint(path)
+
     def plugin(self) -> FP8Precision | None:
         """What the `fp8` group describes; None if it is switched off."""
         options = dict(vars(self._get(self.config_init, "fp8")))
         if not options.pop("enabled"):
             return None
-        return FP8Precision(**options)
+        return FP8Precision(**{**options, "recipe": _nested(options["recipe"])})
+
+
+def _nested(recipe: Any) -> Any:
+    """`--fp8.recipe.input.format e4m3` comes as {"input.format": "e4m3"}: its parts are fields of fields."""
+    if not isinstance(recipe, dict):
+        return recipe
+    nested: dict[str, Any] = {}
+    for name, value in recipe.items():
+        first, _, rest = str(name).partition(".")
+        held = nested.get(first)
+        if rest and (held is None or isinstance(held, dict)):
+            nested[first] = {**(held or {}), **_nested({rest: value})}
+        else:
+            nested[str(name)] = value
+    return nested
 
 
 def _is_fsdp1(strategy: object) -> bool:
@@ -173,6 +295,14 @@ def parse_tokens(text: str) -> int:
     if tokens < 1:
         raise ValueError(f"max_tokens {text!r} is not a number of tokens: write it as 300M, 1.5B or 2000000.")
     return tokens
+
+
+def _check_numbers(trainer_config: Any) -> None:
+    """What the Trainer takes without a word."""
+    for name, least in {"gradient_clip_val": 0, "accumulate_grad_batches": 1}.items():
+        value = trainer_config.get(name)
+        if value is not None and value < least:
+            raise ValueError(f"trainer.{name} is {value}; it must be {least} or more.")
 
 
 def _check_no_other_end(trainer_config: Any) -> None:

@@ -80,9 +80,10 @@ def show(
 def _memory(model: DecoderLM, mode: Mode, plugin: FP8Precision | None, setup: Setup) -> Table:
     """GB of a device as configured, and how many sequences would fit."""
     recipe = plugin.recipe if plugin else None
+    patterns = [pattern.removeprefix("decoder.") for pattern in plugin.fp8_activations] if plugin else []
 
     def needed(batch: int) -> int:
-        return activations(setup.config, batch, setup.length, recipe, setup.recompute).peak
+        return activations(setup.config, batch, setup.length, recipe, setup.recompute, patterns).peak
 
     def held(sharded: bool, activations: float) -> DeviceMemory:
         return device_memory(

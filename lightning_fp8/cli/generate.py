@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from lightning_fp8.checkpoint.integrity import check_checkpoint
 from lightning_fp8.cli.parsers import call_from_command_line
 from lightning_fp8.data.tokenizer import end_of_text, read_tokenizer
 from lightning_fp8.models.cache import PlainStore
@@ -54,8 +55,15 @@ def continue_text(
     """
     if not Path(ckpt).is_file():
         raise ValueError(f"--ckpt {ckpt}: there is no such file.")
+    check_checkpoint(ckpt)
     decoder = load_decoder(ckpt).eval()
     words = read_tokenizer(tokenizer or str(Path(ckpt).parent.parent / "tokenizer.json"))
+    largest, size = max(words.get_vocab(with_added_tokens=True).values()), decoder.config.vocab_size
+    if largest >= size:
+        raise ValueError(
+            f"The tokenizer has token id {largest} and the model of {ckpt} a vocabulary of {size}: give the tokenizer"
+            " that it was trained with, --tokenizer."
+        )
     prompts = [prompt] if isinstance(prompt, str) else prompt
     tokens = [list(words.encode(text).ids) for text in prompts]
     steps = generate_batch(

@@ -1,11 +1,16 @@
 """The `lightning-fp8` command: one verb, then its options.
 
 Verbs are imported when they are called: `doctor` must run where `import lightning` fails, and `--help` must be quick.
-A mistake of the user's ends in one line and exit code 2 (usage) or 1 (failure); `--debug` shows the traceback.
+A mistake of the user's or a failure of the machine ends in three lines at most and exit code 2 (usage) or 1 (failure);
+`--debug` shows the traceback. So does a mistake of the program's own, which is said to be one.
 """
 
+import errno
 import importlib
+import signal
 import sys
+import threading
+import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -23,7 +28,20 @@ VERBS = {
     "sweep-lr": ("lightning_fp8.cli.sweep_lr", "loss against learning rate, in BF16 and FP8"),
     "plan": ("lightning_fp8.cli.plan", "which layers of a configuration run in FP8, and what that gains"),
     "estimate": ("lightning_fp8.cli.estimate", "memory of weights, gradients and optimizer state"),
+    "completion": ("lightning_fp8.cli.completion", "what bash and zsh complete, to be loaded by them"),
     "doctor": ("lightning_fp8.cli.doctor", "check this machine and what is installed on it"),
+}
+
+_REMEDIES = {
+    errno.ENOSPC: "make room, and go on with --ckpt_path last: the checkpoint before is whole",
+    errno.EDQUOT: "make room, and go on with --ckpt_path last: the checkpoint before is whole",
+    errno.EACCES: "give another path, or get the permission",
+    errno.EPERM: "give another path, or get the permission",
+    errno.EROFS: "give a path that can be written to",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "a part of the path is a file; give another path",
+    errno.EEXIST: "a file is there; give another path",
+    errno.EISDIR: "it is a folder; give a file",
 }
 
 
@@ -40,16 +58,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if args[0] not in VERBS:
         _fail(f"there is no verb {args[0]!r}; the verbs are {', '.join(VERBS)}", code=2)
+    interrupt = _FirstInterrupt()
     try:
         importlib.import_module(VERBS[args[0]][0]).run(args)
-    except (ValueError, OSError) as error:
+    except (KeyboardInterrupt, SystemExit):  # the Trainer makes one of the other
+        if debug or not interrupt.came:
+            raise
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # which outlives Python's own end, other than a handler
+        _fail("interrupted. What was saved is whole: `fit` goes on with --ckpt_path last.", code=1)
+    except Exception as error:
         if debug:
             raise
-        _fail(str(error), code=1)
+        _fail(_reason(error), code=1)
 
 
 def _overview() -> str:
-    lines = [f"  {verb:10}{text}" for verb, (_, text) in VERBS.items()]
+    lines = [f"  {verb:12}{text}" for verb, (_, text) in VERBS.items()]
     return "\n".join(
         [
             "usage: lightning-fp8 VERB [OPTIONS]",
@@ -59,6 +83,40 @@ def _overview() -> str:
             "lightning-fp8 VERB --help shows a verb's options.",
         ]
     )
+
+
+class _FirstInterrupt:
+    """Lets Ctrl-C interrupt once: who presses it again does not want a traceback of how the program was ending."""
+
+    def __init__(self) -> None:
+        self.came = False
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._interrupt)
+
+    def _interrupt(self, *signal_and_frame: object) -> None:
+        if not self.came:
+            self.came = True
+            raise KeyboardInterrupt
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, and what can be done about it."""
+    if isinstance(error, OSError) and error.strerror:
+        remedy = _REMEDIES.get(error.errno or 0, "")
+        return f"{error.filename or 'The disk'}: {error.strerror.lower()}" + (f"; {remedy}." if remedy else ".")
+    name = type(error).__name__
+    if isinstance(error, ValueError | OSError) or name == "MisconfigurationException":
+        return str(error)
+    if isinstance(error, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in str(error):
+        return (
+            "There is not enough memory: make the model, data.batch_size or data.sequence_length smaller;"
+            " `lightning-fp8 estimate` says what they need."
+        )
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if "lightning_fp8" in frame.filename] or frames
+    at = f" in {ours[-1].name}, {ours[-1].filename}:{ours[-1].lineno}" if ours else ""
+    said = (str(error).splitlines() or [""])[0]
+    return f"{name}: {said}\nThis was not foreseen{at}.\nPlease report it, with what --debug shows."
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -7,6 +7,8 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser, auto_cli
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lightning_fp8.cli.mistakes import explain, wrong_file
+
 # What jsonargparse says of a value for each type that it is not meant to be.
 _OF_OTHER_TYPES = (
     "Import path ",
@@ -26,15 +28,18 @@ def reason(message: str) -> str:
     return next((line for line in said if not line.startswith(_OF_OTHER_TYPES)), message)
 
 
+def refuse(message: str) -> NoReturn:
+    """Prints what is wrong with the use of the program, in three lines at most; exits with 2."""
+    sys.stderr.write("lightning-fp8: " + "\n  ".join(message.splitlines()[:3]) + "\n")
+    raise SystemExit(2)
+
+
 class OneLineErrors(ArgumentParser):
     """An argument parser with short errors."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Prints the first and the last line of `message`, where jsonargparse says what and why; exits with 2."""
-        lines = [line.strip(" -") for line in str(message).splitlines() if line.strip(" -")] or ["wrong options"]
-        text = lines[0] if len(lines) == 1 else f"{lines[0]}\n  {lines[-1]}"
-        sys.stderr.write(f"lightning-fp8: {text}\n")
-        raise SystemExit(2)
+        """Prints what is wrong, where, and what is right; exits with 2."""
+        refuse(explain(str(message), self, sys.argv))
 
 
 class FitParser(OneLineErrors, LightningArgumentParser):
@@ -50,4 +55,7 @@ def call_from_command_line(function: Callable[..., Any], args: list[str], *, pos
         positional: Parameters without a default are given by their place, not by name.
     """
     verb, *options = ("--config" if arg == "-c" else arg for arg in args)  # as LightningCLI has it
+    if complaint := wrong_file(options):
+        refuse(complaint)
+    sys.argv = [f"lightning-fp8 {verb}", *options]
     auto_cli(function, args=options, prog=f"lightning-fp8 {verb}", as_positional=positional, parser_class=OneLineErrors)

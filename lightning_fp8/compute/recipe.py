@@ -197,14 +197,20 @@ def resolve_recipe(recipe: str | Mapping[str, Any] | Recipe) -> Recipe:
     """A recipe from a preset's name, from a mapping (YAML) with an optional "preset" key, or as it is.
 
     Raises:
-        ValueError: Unknown preset or field, with the nearest valid name.
+        ValueError: Unknown preset or field, with the nearest valid name; or a value of another type.
     """
     if isinstance(recipe, Recipe):
         return recipe
     if isinstance(recipe, str):
         _check_choice("preset", recipe, tuple(PRESETS))
         return PRESETS[recipe]
-    changes = dict(recipe)
+    try:
+        return _changed(dict(recipe))
+    except (TypeError, AttributeError, LookupError) as error:
+        raise ValueError(f"FP8 recipe: {dict(recipe)} has a value of another type ({error}); correct it.") from error
+
+
+def _changed(changes: dict[str, Any]) -> Recipe:
     base = resolve_recipe(changes.pop("preset", "tensorwise"))
     for name, value in changes.items():
         _check_choice("field", name, _names(Recipe))

@@ -38,6 +38,7 @@ class TokenDataModule(LightningDataModule):
         length_schedule: Shorter sequences at first: from which optimizer step on which length, such as
             `{0: 64, 1000: 128}`. Lengths divide `sequence_length`; a block is cut into as many sequences as it
             holds, so a step has the same tokens whatever their length. For the Trainer; `cut_blocks` does it elsewhere.
+        max_cache_size: Most that a node keeps of each set behind a URL, such as "20GB"; by default all of it.
 
     Raises:
         ValueError: A folder is not prepared, the sets do not go together, or there are too few tokens for one batch.
@@ -51,6 +52,7 @@ class TokenDataModule(LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         length_schedule: dict[int, int] | None = None,
+        max_cache_size: str | int | None = None,
     ) -> None:
         super().__init__()
         if sequence_length < 1 or batch_size < 1 or num_workers < 0:
@@ -63,6 +65,7 @@ class TokenDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
+        self.max_cache_size = max_cache_size
         self.length_schedule = _check_schedule(length_schedule or {}, sequence_length)
         self.weights = _check_weights({path: 1.0} if isinstance(path, str) else path)
         self._folders: list[TokenFolder] | None = None
@@ -77,7 +80,7 @@ class TokenDataModule(LightningDataModule):
             ValueError: One is missing or its preparation did not finish, or they have several tokenizers.
         """
         if self._folders is None:
-            folders = [TokenFolder(path) for path in self.weights]
+            folders = [TokenFolder(path, self.max_cache_size) for path in self.weights]
             first = folders[0]
             for folder in folders[1:]:
                 if _vocabulary(folder) != _vocabulary(first):
@@ -156,7 +159,8 @@ class TokenDataModule(LightningDataModule):
             "seed": self.seed,
             "sequence_length": self.sequence_length,
         }
-        self._loader = TokenLoader(batches, self.num_workers, identity)
+        accumulate = self.trainer.accumulate_grad_batches if self.trainer else 1
+        self._loader = TokenLoader(batches, self.num_workers, identity, accumulate)
         if self._position:
             self._loader.load_state_dict({**identity, "position": self._position, "epoch_done": 0})
         return self._loader
@@ -198,6 +202,23 @@ class TokenDataModule(LightningDataModule):
         if state_dict:
             self.train_dataloader().load_state_dict(state_dict)
             self._position = state_dict["position"]
+
+    def recount(self, checkpoint: dict[str, Any]) -> None:
+        """Puts the Trainer's progress in an epoch, which a checkpoint has in batches, into batches of this run.
+
+        They are of another size where the processes are more or fewer, or batches are accumulated. The first step
+        after the resume would be of fewer batches than the others, and the epoch end elsewhere.
+
+        Args:
+            checkpoint: All of it, as the Trainer is about to restore it; changed in place.
+        """
+        own = checkpoint.get(type(self).__qualname__)
+        progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress")
+        if not own or not progress:
+            return
+        # Saved at the end of a batch, whose completion is not counted yet: the counts differ by one.
+        more = own["epoch_done"] // (self.batch_size * self._world[1]) - progress["current"]["ready"]
+        progress["current"] = {name: count + more for name, count in progress["current"].items()}
 
     @property
     def _world(self) -> tuple[int, int]:

@@ -91,13 +91,22 @@ class TokenLoader(DataLoader[torch.Tensor]):
         batches: What to load; the loader moves its `start` and `stop`.
         num_workers: Loader processes; 0 loads in the training process.
         identity: What a position is a position in; kept in the state.
+        accumulate: Batches of an optimizer step: an epoch ends with a whole one, so that all steps are of as many
+            tokens, on any number of processes.
     """
 
-    def __init__(self, batches: TokenBatches, num_workers: int, identity: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        batches: TokenBatches,
+        num_workers: int,
+        identity: Mapping[str, Any] | None = None,
+        accumulate: int = 1,
+    ) -> None:
         # torch draws a seed for the workers at each `iter()`: not from the random numbers that training goes on with.
         super().__init__(batches, batch_size=None, num_workers=num_workers, generator=torch.Generator())
         self._batches = batches
         self._identity = dict(identity or {})
+        self._accumulate = accumulate
         self._position = 0
         self._epoch_done = 0
         self._is_resumed = False
@@ -105,13 +114,16 @@ class TokenLoader(DataLoader[torch.Tensor]):
     def __len__(self) -> int:
         blocks = len(self._batches.order)
         per_process, size = blocks // self._batches.world_size, self._batches.batch_size
-        return per_process // size if self._batches.drop_last else -(-per_process // size)
+        count = per_process // size if self._batches.drop_last else -(-per_process // size)
+        return count - count % self._accumulate if count >= self._accumulate else count
 
     def __iter__(self) -> Any:  # an Iterator[Tensor]; torch names a class of its own
         if not self._is_resumed:
             self._epoch_done = 0
-        blocks = len(self._batches.order) - self._epoch_done
-        self._batches.start, self._batches.stop = self._position, self._position + blocks
+        blocks = len(self._batches.order)
+        if self._batches.drop_last:
+            blocks = len(self) * self._batches.step
+        self._batches.start, self._batches.stop = self._position, self._position + blocks - self._epoch_done
         for batch in super().__iter__():
             self._is_resumed = False  # an iterator that was made and not used, as Lightning does, does not count
             self._position += self._batches.step
@@ -143,6 +155,12 @@ class TokenLoader(DataLoader[torch.Tensor]):
                     "or start a new run."
                 )
         self._position = state["position"]
-        left = len(self._batches.order) - state["epoch_done"]
-        self._epoch_done = state["epoch_done"] if left >= self._batches.step else 0  # else the next epoch begins
+        self._epoch_done = state["epoch_done"]
+        if self.batches_done >= len(self):  # the next epoch begins
+            self._epoch_done = 0
         self._is_resumed = True
+
+    @property
+    def batches_done(self) -> int:
+        """Batches of the epoch so far, in those of this loader, whatever the size of those that were loaded."""
+        return self._epoch_done // self._batches.step

@@ -13,6 +13,7 @@ from typing import Any
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
+TOKEN_DTYPES = ("uint16", "int32")  # what litdata can stream
 
 
 @dataclass(frozen=True)
@@ -89,15 +90,35 @@ class Manifest:
             version = fields["version"]
             if version == MANIFEST_VERSION:
                 splits = {name: SplitInfo(**split) for name, split in fields.pop("splits").items()}
-                return cls(**fields, splits={"train": splits["train"], "val": splits["val"]})
+                manifest = cls(**fields, splits={"train": splits["train"], "val": splits["val"]})
+                _check(manifest)
+                return manifest
         except FileNotFoundError:
             raise ValueError(f"{path} is missing: prepare the folder with `lightning-fp8 prepare`.") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not a manifest ({error}): delete the folder and prepare it again.") from error
+            said = getattr(error, "strerror", None) or error
+            raise ValueError(f"{path} is not a manifest ({said}): delete the folder and prepare it again.") from error
         raise ValueError(
             f"{path} has version {version}, this release reads version {MANIFEST_VERSION}: "
             "upgrade lightning-fp8, or prepare the folder again."
         )
+
+
+def _check(manifest: Manifest) -> None:
+    """Holds what a file may say against what is used of it."""
+    if manifest.token_dtype not in TOKEN_DTYPES:
+        raise ValueError(f"token_dtype {manifest.token_dtype!r} is not one of {', '.join(TOKEN_DTYPES)}")
+    name = manifest.tokenizer
+    if not isinstance(name, str) or Path(name).name != name or "\\" in name or "\0" in name:
+        raise ValueError(f"tokenizer {name!r} is not a file of its folder")
+    if not isinstance(manifest.fingerprint, str) or not manifest.fingerprint.replace("-", "").isalnum():
+        raise ValueError(f"fingerprint {manifest.fingerprint!r} is not a hash")
+    counts = {"vocab_size": manifest.vocab_size}
+    for split, info in manifest.splits.items():
+        counts |= {f"splits.{split}.tokens": info.tokens, f"splits.{split}.bytes": info.bytes}
+    for name, count in counts.items():
+        if type(count) is not int or count < 0:
+            raise ValueError(f"{name} {count!r} is not a number of things")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -33,10 +33,11 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from lightning_fp8.data.boundaries import BEFORE_ANY, boundary_of, describe
 from lightning_fp8.data.chunks import write_chunks
 from lightning_fp8.data.encoding import encode_pieces
 from lightning_fp8.data.manifest import MANIFEST_NAME, MANIFEST_VERSION, Manifest, write_json
-from lightning_fp8.data.readers import hash_file, in_slices
+from lightning_fp8.data.readers import cut, hash_file
 from lightning_fp8.data.sources import (
     TRAIN,
     VAL,
@@ -49,6 +50,7 @@ from lightning_fp8.data.sources import (
 )
 from lightning_fp8.data.spool import flat_file, spool
 from lightning_fp8.data.tokenizer import end_of_text, load_tokenizer, token_bytes, train_tokenizer
+from lightning_fp8.files import hold
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -112,6 +114,10 @@ def prepare(
     listed = list_files(sources)
     hashed = [hash_file(file.path) for file in listed]
     files = [file for file, (_, readable) in zip(listed, hashed, strict=True) if readable and file.size]
+    if listed and not files and not made:
+        raise ValueError(
+            f"There is no text in {len(listed)} files, such as {listed[0].path}: empty, or not UTF-8. Give others."
+        )
     inputs = {
         "version": MANIFEST_VERSION,
         "files": sorted([file.name, file.size, digest] for file, (digest, _) in zip(listed, hashed, strict=True)),
@@ -137,12 +143,18 @@ def prepare(
         task = progress.add_task("training the tokenizer", total=None)
         bpe = _choose_tokenizer(work, given, lambda: train_tokenizer(_sample(pieces(), size), vocab_size))
         vocabulary_size = len(token_bytes(bpe))
+        boundary = boundary_of(bpe)
+        if boundary is None:
+            print(
+                f"{tokenizer} cuts text into words in a way of its own ({describe(bpe)}): documents are tokenised"
+                " whole, and memory grows with the longest."
+            )
         dtype = np.dtype(np.uint16 if vocabulary_size <= UINT16_VOCABULARY else np.int32)
         # How much a generator will give is not known.
         progress.reset(task, description="tokenising", total=None if made else size)
         splits = spool(
             work,
-            pieces(),
+            pieces(boundary),
             lambda left: encode_pieces(bpe.to_str(), dtype, left, workers or os.cpu_count() or 1),
             np.array(end_of_text(bpe), dtype).tobytes(),
             functools.partial(progress.advance, task),
@@ -175,8 +187,8 @@ def _working_folder(target: Path, fingerprint: str) -> Iterator[Path]:
     work = _working_path(target)
     replaced, inputs = work / REPLACED_NAME, work / INPUTS_NAME
     work.mkdir(parents=True, exist_ok=True)
-    with (work / LOCK_NAME).open("w") as lock:
-        _lock(lock.fileno(), target)
+    busy = f"Another process is preparing {target}: wait for it, or stop it."
+    with hold(work / LOCK_NAME, busy):
         if replaced.exists() and not target.exists():  # killed while the folders changed places
             replaced.rename(target)
         if not inputs.exists() or json.loads(inputs.read_text(encoding="utf-8"))["fingerprint"] != fingerprint:
@@ -185,17 +197,6 @@ def _working_folder(target: Path, fingerprint: str) -> Iterator[Path]:
             write_json(inputs, {"fingerprint": fingerprint})
         yield work
         shutil.rmtree(work)
-
-
-def _lock(descriptor: int, target: Path) -> None:
-    try:
-        import fcntl
-    except ModuleNotFoundError:  # Windows
-        return
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by forked workers
-    except OSError:
-        raise ValueError(f"Another process is preparing {target}: wait for it, or stop it.") from None
 
 
 def _choose_tokenizer(work: Path, given: "Tokenizer | None", train: Callable[[], "Tokenizer"]) -> "Tokenizer":
@@ -218,7 +219,7 @@ def _sample(pieces: Iterator[SplitPiece], size: int) -> Iterator[str]:
             return
         left -= len(text)
         # The trainer holds a number of strings before it counts them, however long they are.
-        yield from in_slices(text, _SLICE_CHARACTERS)
+        yield from (piece.text for piece in cut([(text, 0)], BEFORE_ANY, _SLICE_CHARACTERS))
 
 
 def _write_folder(work: Path, manifest: Manifest) -> Path:

@@ -2,8 +2,9 @@
 
 A document is a text file, a line of a JSON Lines file, or a row of a Parquet file or of a Hugging Face `datasets`
 folder. Long documents come in pieces of about a mebibyte, so that memory does not grow with them and several
-processes can work on one. A piece ends where a letter is followed by white space: there every byte-level tokenizer
-in use (GPT-2, Llama 3, Qwen) ends a word too, so that pieces have the same tokens as the whole.
+processes can work on one. A piece ends at a boundary of the tokenizer's (`boundaries.py`), so that pieces have the same
+tokens as the whole. Text files and lines are read in parts; a row of a table is in memory whole, as its formats have
+it, and no more than one if it is large.
 
 Each piece says how many bytes of its file it stands for; over a file they add up to its size. That is what makes
 progress exact, also where the text is compressed or escaped.
@@ -11,20 +12,19 @@ progress exact, also where the text is compressed or escaped.
 
 import codecs
 import hashlib
-import json
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lightning_fp8.data.boundaries import Boundary, next_boundary
+from lightning_fp8.data.json_lines import Part, read_texts
+
 PIECE_CHARACTERS = 1 << 20
 BLOCK_BYTES = 1 << 20
-ROWS = 256
+ROWS = 256  # of a table that are decoded at once; fewer where they are long
 TEXT_SUFFIXES = frozenset({".txt", ".text", ".py", ".md", ".rst"})
 BINARY_SUFFIXES = frozenset({".parquet", ".arrow"})
 SUFFIXES = TEXT_SUFFIXES | {".jsonl"} | BINARY_SUFFIXES
-
-_WORD_END = re.compile(r"[^\W\d_](?=\s)")
 
 
 class Piece(NamedTuple):
@@ -62,11 +62,12 @@ def hash_file(path: Path) -> tuple[str, bool]:
     return digest.hexdigest(), readable and (not is_text or _decodes(decoder, b"", final=True))
 
 
-def read_pieces(path: Path) -> Iterator[Piece]:
+def read_pieces(path: Path, boundary: Boundary | None) -> Iterator[Piece]:
     """Read a file that `hash_file` found readable.
 
     Args:
         path: The file.
+        boundary: Where pieces can end; with None documents stay whole.
 
     Yields:
         The pieces of its documents, byte for byte as in the file (no newline is translated).
@@ -74,16 +75,18 @@ def read_pieces(path: Path) -> Iterator[Piece]:
     Raises:
         ValueError: A line or a row without the text it should have.
     """
-    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet, ".arrow": _read_arrow}
-    return readers.get(path.suffix, _read_text)(path)
+    readers = {".jsonl": read_texts, ".parquet": _read_parquet, ".arrow": _read_arrow}
+    for parts in readers.get(path.suffix, _read_text)(path):
+        yield from cut(parts, boundary)
 
 
-def iterate_pieces(texts: Iterable[str], name: str) -> Iterator[Piece]:
+def iterate_pieces(texts: Iterable[str], name: str, boundary: Boundary | None) -> Iterator[Piece]:
     """The pieces of documents that a generator gives.
 
     Args:
         texts: The documents.
         name: The generator's, for errors.
+        boundary: Where pieces can end; with None documents stay whole.
 
     Yields:
         Their pieces; `source_bytes` are those of the text.
@@ -94,7 +97,37 @@ def iterate_pieces(texts: Iterable[str], name: str) -> Iterator[Piece]:
     for text in texts:
         if not isinstance(text, str):
             raise ValueError(f"{name} gave {type(text).__name__} {text!r:.40}: each document must be a string.")
-        yield from _cut(_as_utf8(text), len(text.encode("utf-8", "replace")))
+        yield from cut([(text, len(text.encode("utf-8", "replace")))], boundary)
+
+
+def cut(parts: Iterable[Part], boundary: Boundary | None, characters: int | None = None) -> Iterator[Piece]:
+    """A document in pieces: each ends at the first boundary from so many characters on.
+
+    Args:
+        parts: Of the document, in order, with the bytes that each stands for.
+        boundary: Where pieces can end; with None the document stays whole.
+        characters: By default `PIECE_CHARACTERS`.
+
+    Yields:
+        The pieces.
+    """
+    size = characters or PIECE_CHARACTERS
+    text, read, searched = "", 0, 0
+    for part, source_bytes in parts:
+        text += _as_utf8(part)
+        read += source_bytes
+        start = 0
+        while boundary and len(text) - start > size:
+            end = next_boundary(text, max(start + size, searched), boundary)
+            searched = end or len(text)  # what was searched in vain is not searched again
+            if end is None:
+                break
+            share = read * (end - start) // (len(text) - start)
+            yield Piece(text[start:end], False, share)
+            start, read = end, read - share
+        text = text[start:]
+        searched = max(0, searched - start)
+    yield Piece(text, True, read)
 
 
 def _decodes(decoder: codecs.IncrementalDecoder, block: bytes, final: bool = False) -> bool:
@@ -110,67 +143,18 @@ def _as_utf8(text: str) -> str:
     return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
-def _last_word_end(text: str) -> int:
-    """Where the last word that white space follows ends; 0 if there is none."""
-    for start in (max(0, len(text) - 4096), 0):
-        if ends := [match.end() for match in _WORD_END.finditer(text, start)]:
-            return ends[-1]
-    return 0
+def _read_text(path: Path) -> Iterator[Iterator[Part]]:
+    yield _text_parts(path)
 
 
-def in_slices(text: str, characters: int) -> Iterator[str]:
-    """`text` in slices of at most so many characters, each ending with a word, or whole where no word ends."""
-    while len(text) > characters and (end := _last_word_end(text[:characters])):
-        yield text[:end]
-        text = text[end:]
-    yield text
-
-
-def _cut(text: str, source_bytes: int) -> Iterator[Piece]:
-    """A whole document in pieces."""
-    while len(text) > PIECE_CHARACTERS and (end := _last_word_end(text[:PIECE_CHARACTERS])):
-        share = source_bytes * end // len(text)
-        yield Piece(text[:end], False, share)
-        text, source_bytes = text[end:], source_bytes - share
-    yield Piece(text, True, source_bytes)
-
-
-def _read_text(path: Path) -> Iterator[Piece]:
+def _text_parts(path: Path) -> Iterator[Part]:
     decoder = codecs.getincrementaldecoder("utf-8")()
-    text, read = "", 0
     with path.open("rb") as stream:
         while block := stream.read(BLOCK_BYTES):
-            text += decoder.decode(block)
-            read += len(block)
-            if len(text) > PIECE_CHARACTERS and (end := _last_word_end(text)):
-                yield Piece(text[:end], False, read)
-                text, read = text[end:], 0
-    yield Piece(text + decoder.decode(b"", final=True), True, read)
+            yield decoder.decode(block), len(block)
 
 
-def _read_jsonl(path: Path) -> Iterator[Piece]:
-    blank = 0
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.isspace():
-                blank += len(line)
-                continue
-            try:
-                text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError):
-                text = None
-            if not isinstance(text, str):
-                raise ValueError(
-                    f'{path}:{number}: expected an object with the text as a string, {{"text": "..."}}; '
-                    "correct or remove the line."
-                )
-            yield from _cut(_as_utf8(text), len(line) + blank)
-            blank = 0
-    if blank:
-        yield Piece("", True, blank)
-
-
-def _read_parquet(path: Path) -> Iterator[Piece]:
+def _read_parquet(path: Path) -> Iterator[list[Part]]:
     pyarrow = _import_pyarrow(path)
     import pyarrow.parquet as parquet
 
@@ -181,13 +165,16 @@ def _read_parquet(path: Path) -> Iterator[Piece]:
     with table:
         _check_text_column(path, table.schema_arrow, pyarrow.types)
         size, rows, done = path.stat().st_size, max(1, table.metadata.num_rows), 0
-        for batch in table.iter_batches(batch_size=ROWS, columns=["text"]):
-            for text in batch.column(0).to_pylist():
-                yield from _cut(text or "", size * (done + 1) // rows - size * done // rows)
-                done += 1
+        for group in range(table.num_row_groups):
+            held = table.metadata.row_group(group)
+            at_once = _rows_at_once(held.total_byte_size, held.num_rows)
+            for batch in table.iter_batches(at_once, row_groups=[group], columns=["text"]):
+                for text in batch.column(0).to_pylist():
+                    yield [(text or "", size * (done + 1) // rows - size * done // rows)]
+                    done += 1
 
 
-def _read_arrow(path: Path) -> Iterator[Piece]:
+def _read_arrow(path: Path) -> Iterator[list[Part]]:
     pyarrow = _import_pyarrow(path)
     with pyarrow.memory_map(str(path)) as mapped:
         try:
@@ -198,12 +185,18 @@ def _read_arrow(path: Path) -> Iterator[Piece]:
                 read, rows = mapped.tell() - before, max(1, batch.num_rows)
                 before += read
                 texts = batch.column("text")
-                for start in range(0, batch.num_rows, ROWS):
-                    for index, text in enumerate(texts.slice(start, ROWS).to_pylist(), start):
-                        yield from _cut(text or "", read * (index + 1) // rows - read * index // rows)
-            yield Piece("", True, mapped.size() - before)
+                at_once = _rows_at_once(texts.nbytes, rows)
+                for start in range(0, batch.num_rows, at_once):
+                    for index, text in enumerate(texts.slice(start, at_once).to_pylist(), start):
+                        yield [(text or "", read * (index + 1) // rows - read * index // rows)]
+            yield [("", mapped.size() - before)]
         except pyarrow.ArrowInvalid as error:
             raise ValueError(f"{path} is not an Arrow stream ({error}): correct or remove it.") from error
+
+
+def _rows_at_once(size: int, rows: int) -> int:
+    """So many rows of `size` bytes of them that they are a block together, at most `ROWS`."""
+    return max(1, min(ROWS, BLOCK_BYTES * rows // max(1, size)))
 
 
 def _import_pyarrow(path: Path) -> Any:

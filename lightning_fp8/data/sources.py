@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lightning_fp8.data.boundaries import BEFORE_ANY, Boundary
 from lightning_fp8.data.readers import SUFFIXES, TEXT_SUFFIXES, Piece, iterate_pieces, read_pieces
 
 STDLIB = "stdlib"
@@ -123,22 +124,25 @@ def list_files(sources: Sequence[str]) -> list[SourceFile]:
     return list(found.values())
 
 
-def split_pieces(files: Sequence[SourceFile], generator: Generator | None, split: Split) -> Iterator[SplitPiece]:
+def split_pieces(
+    files: Sequence[SourceFile], generator: Generator | None, split: Split, boundary: Boundary | None = BEFORE_ANY
+) -> Iterator[SplitPiece]:
     """Read every document, each in the split it belongs to.
 
     Args:
         files: The readable files.
         generator: Read after them.
         split: What decides.
+        boundary: Where pieces can end.
 
     Yields:
         The pieces of the documents, in order.
     """
     for file in files:
-        yield from _with_split(file.name, read_pieces(file.path), split)
+        yield from _with_split(file.name, read_pieces(file.path, boundary), split)
     if generator:
         name = generator.class_path
-        yield from _with_split(name, iterate_pieces(generator(), name), split)
+        yield from _with_split(name, iterate_pieces(generator(), name, boundary), split)
 
 
 def check_splits(files: Sequence[SourceFile], generator: Generator | None, split: Split) -> None:

@@ -99,6 +99,9 @@ def read_tokenizer(path: str | Path) -> "Tokenizer":
         end_of_text(tokenizer)
     except ValueError as error:
         raise ValueError(f"Tokenizer {path}: {error}") from error
+    # As some files have it: documents would be cut short, or filled up.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     # Not stored in the file: without it the text "<|endoftext|>" would become the end of its document.
     tokenizer.encode_special_tokens = True
     return tokenizer

@@ -27,32 +27,35 @@ Casts round to nearest. Rounding stochastically is unbiased where nearest is not
 gradients carry noise of their own, which dithers the nearest rounding, so averages over steps are no better for it.
 `benchmarks/gradients.py` measures both.
 
+The passes over memory, `encode`, `accumulate` and `decode_into`, are `kernels/gradients.py`'s.
+
 A value that is not finite on any rank makes s infinite and every element of the result NaN, on all ranks alike.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_fp8.kernels.gradients import Counts, accumulate, decode_into, encode
 from lightning_fp8.numerics import Format
-from lightning_fp8.numerics.quantize import amax, decode, quantize_to, scale_of
+from lightning_fp8.numerics.quantize import amax, scale_of
+
+__all__ = [
+    "Counts",
+    "accumulate",
+    "bytes_sent",
+    "chunk_length",
+    "decode_into",
+    "encode",
+    "largest_magnitudes",
+    "next_headroom",
+    "shared_scale",
+    "within_chunk",
+]
 
 SATURATED_SHARE = 1e-5  # of a tensor's sums, above which its headroom is halved
 _GROWTH = 2.0 ** (1 / 1000)  # of the headroom, a step
-
-
-class Counts(NamedTuple):
-    """What casts did to the elements of P tensors.
-
-    Attributes:
-        saturated: int32 [P], values beyond the format's largest.
-        underflown: int32 [P], values other than 0 whose code is 0.
-    """
-
-    saturated: Tensor
-    underflown: Tensor
 
 
 def largest_magnitudes(gradients: Sequence[Tensor]) -> Tensor:
@@ -63,71 +66,6 @@ def largest_magnitudes(gradients: Sequence[Tensor]) -> Tensor:
 def shared_scale(largest: Tensor, fmt: Format) -> Tensor:
     """The decode scales s, fp32 [P], for the largest magnitudes of any rank."""
     return scale_of(largest, fmt)
-
-
-def encode(gradients: Sequence[Tensor], scale: Tensor, fmt: Format, length: int) -> tuple[Tensor, Counts]:
-    """What a rank sends.
-
-    Args:
-        gradients: P tensors of any float dtype.
-        scale: fp32 [P], s.
-        fmt: The format on the wire.
-        length: Bytes to send; at least as many as there are elements, the rest is zero.
-
-    Returns:
-        uint8 [length], the codes of all elements in order, and what the casts did.
-    """
-    codes = torch.zeros(length, dtype=torch.uint8, device=scale.device)
-    underflown, start = [], 0
-    for g, s in zip(gradients, scale, strict=True):
-        part = codes[start : start + g.numel()]
-        part.copy_(quantize_to(g.reshape(-1), fmt, s).view(torch.uint8))
-        underflown.append(_underflown(part, g.reshape(-1)))
-        start += g.numel()
-    lost = torch.stack(underflown).int() * scale.isfinite()
-    return codes, Counts(torch.zeros_like(lost), lost)
-
-
-def accumulate(codes: Tensor, tensors: Sequence[slice], headroom: Tensor, fmt: Format) -> tuple[Tensor, Counts]:
-    """What the owner of a chunk makes of it.
-
-    Args:
-        codes: uint8 [N, C], the chunk as every rank has sent it.
-        tensors: Where in the chunk each of the P tensors lies; empty where it does not.
-        headroom: fp32 [P], mu.
-        fmt: The format on the wire.
-
-    Returns:
-        uint8 [C], the codes b, and what the casts did.
-    """
-    result = torch.zeros_like(codes[0])
-    saturated, underflown = [], []
-    for where, mu in zip(tensors, headroom, strict=True):
-        sums = decode(codes[:, where].view(fmt.dtype), torch.float32).sum(0) * mu
-        result[where] = quantize_to(sums, fmt, torch.ones_like(mu)).view(torch.uint8)
-        saturated.append((sums.abs() > fmt.max).sum())
-        underflown.append(_underflown(result[where], sums))
-    return result, Counts(torch.stack(saturated).int(), torch.stack(underflown).int())
-
-
-def decode_into(
-    gradients: Sequence[Tensor], codes: Tensor, scale: Tensor, headroom: Tensor, ways: int, fmt: Format
-) -> None:
-    """Writes the means over into `gradients`.
-
-    Args:
-        gradients: P tensors of any float dtype.
-        codes: uint8, b of all elements in order; what is beyond the last is left out.
-        scale: fp32 [P], s.
-        headroom: fp32 [P], mu.
-        ways: Ranks, N.
-        fmt: The format on the wire.
-    """
-    start = 0
-    for g, factor in zip(gradients, (scale / (headroom * ways)).unbind(), strict=True):
-        values = decode(codes[start : start + g.numel()].view(fmt.dtype).unsqueeze(0), torch.float32)
-        g.copy_((values * factor).view(g.shape))
-        start += g.numel()
 
 
 def next_headroom(headroom: Tensor, saturated: Tensor, sizes: Tensor, ways: int) -> Tensor:
@@ -164,8 +102,3 @@ def bytes_sent(elements: int, tensors: int, ways: int) -> float:
     """
     length = chunk_length(elements, ways)
     return (ways - 1) * (length + (length + 8 * tensors) + 2 * 4 * tensors / ways)
-
-
-def _underflown(codes: Tensor, values: Tensor) -> Tensor:
-    # The sign bit apart, zero is the code 0 in both formats.
-    return ((codes & 0x7F == 0) & (values != 0)).sum()

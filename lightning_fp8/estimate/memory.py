@@ -1,13 +1,14 @@
 """What a forward pass leaves in memory for backward, counted on tensors that have no storage.
 
 No formula says what autograd keeps: the decoder itself runs, under torch's fake tensors, and what is alive afterwards
-is summed. So checkpointing, casts that layers share and a loss in chunks count as they are. Blocks are alike: one and
-two of them tell what any number takes.
+is summed. So checkpointing, casts that layers share, modules that keep FP8 and a loss in chunks count as they are.
+Where blocks are alike, one and two of them tell what any number takes.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lightning_fp8.compute.activations import keep_activations_in_fp8
 from lightning_fp8.compute.convert import convert_linears
 from lightning_fp8.compute.linear import FP8Linear
 from lightning_fp8.compute.recipe import Recipe
@@ -70,7 +72,12 @@ class LiveBytes(TorchDispatchMode):
 
 
 def activations(
-    config: DecoderConfig, batch: int, length: int, recipe: Recipe | None, recompute: Recompute = "none"
+    config: DecoderConfig,
+    batch: int,
+    length: int,
+    recipe: Recipe | None,
+    recompute: Recompute = "none",
+    fp8_activations: Sequence[str] = (),
 ) -> Activations:
     """What a batch leaves and needs in memory, weights in bf16.
 
@@ -80,13 +87,30 @@ def activations(
         length: Tokens of a sequence.
         recipe: Of the linear layers, the head apart, or None for bf16.
         recompute: Activation checkpointing.
+        fp8_activations: Patterns of the modules that keep FP8; those in checkpointed blocks do not.
+
+    Raises:
+        ValueError: A pattern chooses no module.
     """
-    one, two = (_kept(config, blocks, batch, length, recipe, recompute) for blocks in (1, 2))
+    one, two = (_kept(config, blocks, batch, length, recipe, recompute, fp8_activations) for blocks in (1, 2))
     again = 0
     if recompute != "none":
-        whole_one, whole_two = (_kept(config, blocks, batch, length, recipe, "none") for blocks in (1, 2))
+        whole_one, whole_two = (_kept(config, blocks, batch, length, recipe, "none", ()) for blocks in (1, 2))
         again = (whole_two - whole_one) - (two - one)
-    return Activations(one + (config.num_layers - 1) * (two - one), again, _logits(config, batch * length))
+    kept = one + (config.num_layers - 1) * (two - one)
+    if not _blocks_are_alike(config, fp8_activations):
+        kept = _kept(config, config.num_layers, batch, length, recipe, recompute, fp8_activations)
+    return Activations(kept, again, _logits(config, batch * length))
+
+
+def _blocks_are_alike(config: DecoderConfig, patterns: Sequence[str]) -> bool:
+    """Whether the same modules are chosen in every block."""
+    with torch.device("meta"):
+        model = Decoder(config)
+    chosen = set(keep_activations_in_fp8(model, patterns))
+    names = [name for name, _ in model.blocks[0].named_modules(prefix="")]
+    alike: bool = all(len({f"blocks.{i}.{name}" in chosen for i in range(config.num_layers)}) == 1 for name in names)
+    return alike
 
 
 def _logits(config: DecoderConfig, tokens: int) -> int:
@@ -95,7 +119,13 @@ def _logits(config: DecoderConfig, tokens: int) -> int:
 
 
 def _kept(
-    config: DecoderConfig, blocks: int, batch: int, length: int, recipe: Recipe | None, recompute: Recompute
+    config: DecoderConfig,
+    blocks: int,
+    batch: int,
+    length: int,
+    recipe: Recipe | None,
+    recompute: Recompute,
+    fp8_activations: Sequence[str],
 ) -> int:
     with torch.device("meta"):
         model = Decoder(dataclasses.replace(config, num_layers=blocks), activation_checkpointing=recompute)
@@ -106,12 +136,18 @@ def _kept(
             for layer in model.modules():
                 if isinstance(layer, FP8Linear):
                     layer.fp8_backend = "native"  # which no device has to run here
+        keep_activations_in_fp8(model, [pattern for pattern in fp8_activations if _matches(model, pattern)])
         tokens = torch.zeros(batch, length, dtype=torch.int64)
         with LiveBytes() as live:
             loss = model(tokens, tokens)
             kept: int = live.without(model)
         del loss
     return kept
+
+
+def _matches(model: nn.Module, pattern: str) -> bool:
+    """Whether the pattern chooses something in this part of the model."""
+    return any(fnmatchcase(name, pattern) for name, _ in model.named_modules())
 
 
 def _give_memory(model: nn.Module) -> None:

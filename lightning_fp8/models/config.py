@@ -57,6 +57,9 @@ class RopeScaling:
                 )
 
 
+MOST_LAYERS = 10_000
+
+
 @dataclass(frozen=True)
 class DecoderConfig:
     """A Llama-family decoder.
@@ -145,6 +148,8 @@ class DecoderConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"DecoderConfig.{name} is {value}; it must be at least 1.")
+        if self.num_layers > MOST_LAYERS:  # each is an object, made before any memory is asked for
+            raise ValueError(f"DecoderConfig.num_layers is {self.num_layers}; it must be at most {MOST_LAYERS}.")
         for name in ("attention_softcap", "logit_softcap"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -182,14 +187,17 @@ def config_from_dict(saved: Mapping[str, Any]) -> DecoderConfig:
     """The inverse of `dataclasses.asdict`; fields that an older version did not save take their defaults.
 
     Raises:
-        ValueError: There are fields that this version does not know.
+        ValueError: There are fields that this version does not know, or values that no decoder has.
     """
     unknown = sorted(set(saved) - {field.name for field in fields(DecoderConfig)})
     if unknown:
         raise ValueError(f"A decoder's configuration has fields unknown to this version: {', '.join(unknown)}.")
     scaling, clip = saved.get("rope_scaling"), saved.get("clipped_softmax")
-    nested = {"rope_scaling": RopeScaling(**scaling) if scaling else None, "clipped_softmax": clip and tuple(clip)}
-    return DecoderConfig(**{**saved, **nested})
+    try:
+        nested = {"rope_scaling": RopeScaling(**scaling) if scaling else None, "clipped_softmax": clip and tuple(clip)}
+        return DecoderConfig(**{**saved, **nested})
+    except (TypeError, AttributeError, ArithmeticError, LookupError) as error:
+        raise ValueError(f"A decoder's configuration has a value of another type ({error}): it is damaged.") from error
 
 
 def differences(saved: Mapping[str, Any], own: DecoderConfig, among: Collection[str] | None = None) -> list[str]:

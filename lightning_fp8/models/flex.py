@@ -2,8 +2,8 @@
 
 A mask in memory is a boolean for every pair of positions, and keeps attention from its fastest kernels. FlexAttention
 compiles a rule into the kernel instead and skips every block of 128 x 128 positions that holds no pair which sees each
-other: in packed sequences most of them. It has no backward on CPUs; there, and where the scores themselves are wanted
-(`scores.py`), the mask stays in memory. Both give the same numbers.
+other: in packed sequences most of them. Torch gives it no backward on CPUs; there, and where the scores themselves are
+wanted (`scores.py`), the mask stays in memory. Both give the same numbers.
 
 Suffixes of tensor names:  b batch, h head, t position, u position that is seen.
 """

@@ -256,13 +256,16 @@ class DecoderLM(LightningModule):
             checkpoint["optimizer_states"] = [by_name(state) for state in checkpoint["optimizer_states"]]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Compares the checkpoint's config with this model's.
+        """Compares the checkpoint's config with this model's; lets the data count in batches of this run's size.
 
         Raises:
             ValueError: They differ; all differences are named.
         """
         if _CONFIG_KEY in checkpoint:
             _refuse(differences(checkpoint[_CONFIG_KEY], self.config), "The checkpoint")
+        data: Any = getattr(self._trainer, "datamodule", None)  # there is no Trainer in load_from_checkpoint
+        if hasattr(data, "recount"):
+            data.recount(checkpoint)
 
 
 def _refuse(found: list[str], whose: str) -> None:

@@ -13,6 +13,7 @@ root is gathered as it is stored, because its embedding begins the residual stre
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -70,7 +71,18 @@ def mesh_of(data_parallel: DeviceMesh, processes_a_copy: int | None) -> DeviceMe
             " choose a divisor, such as the number of devices in a node."
         )
     ranks = data_parallel.mesh.view(-1, processes_a_copy)
-    return DeviceMesh(data_parallel.device_type, ranks, mesh_dim_names=("copies", "shards"))
+    mesh = DeviceMesh(data_parallel.device_type, ranks, mesh_dim_names=("copies", "shards"))
+    _wait_as_long_as_all(mesh)
+    return mesh
+
+
+def _wait_as_long_as_all(mesh: DeviceMesh) -> None:
+    """Gives the groups of a mesh the timeout of the job's: torch gives new ones its own, half an hour for gloo."""
+    device, everyone = torch.device(mesh.device_type), distributed_c10d._get_default_group()
+    timeout = everyone._get_backend(device).options._timeout
+    set_timeout = getattr(distributed_c10d, "set_timeout", None) or distributed_c10d._set_pg_timeout  # before 2.15
+    for dimension in range(mesh.ndim):
+        set_timeout(timeout, mesh.get_group(dimension))
 
 
 def copy_weights(weights: dict[str, Tensor], decoder: Decoder) -> None:

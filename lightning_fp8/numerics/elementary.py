@@ -17,10 +17,10 @@ from torch import Tensor
 
 _MANTISSA_BITS = 23
 _MANTISSA = (1 << _MANTISSA_BITS) - 1
-_ROOT_HALF = 0x3F3504F3  # the bits of sqrt(1/2)
+ROOT_HALF = 0x3F3504F3  # the bits of sqrt(1/2)
 
 # log2(1 + x) / x on [sqrt(1/2) - 1, sqrt(2) - 1].
-_LOG2 = (
+LOG2 = (
     1.442694772427166,
     -0.7213571489144762,
     0.4809394449089522,
@@ -31,7 +31,7 @@ _LOG2 = (
     -0.14574450463843952,
 )
 # (2^x - 1) / x on [0, 1].
-_EXP2 = (
+EXP2 = (
     0.6931513118046008,
     0.24016445015509036,
     0.05579991310374498,
@@ -45,10 +45,10 @@ def log2(x: Tensor) -> tuple[Tensor, Tensor]:
 
     The sum is right to 1e-7 and exact at powers of two; it is kept apart because fp32 could not hold it so well.
     """
-    offset = x.view(torch.int32) - _ROOT_HALF
-    mantissa = (offset & _MANTISSA).add_(_ROOT_HALF).view(torch.float32)
+    offset = x.view(torch.int32) - ROOT_HALF
+    mantissa = (offset & _MANTISSA).add_(ROOT_HALF).view(torch.float32)
     above_one = mantissa.sub_(1.0)
-    return offset >> _MANTISSA_BITS, _horner(above_one, _LOG2).mul_(above_one)
+    return offset >> _MANTISSA_BITS, _horner(above_one, LOG2).mul_(above_one)
 
 
 def exp2(octaves: Tensor, fraction: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def exp2(octaves: Tensor, fraction: Tensor) -> Tensor:
 
     Right to 2.2e-7, relatively, and exact at fraction 0.
     """
-    mantissa = _horner(fraction, _EXP2).mul_(fraction).add_(1.0)
+    mantissa = _horner(fraction, EXP2).mul_(fraction).add_(1.0)
     exponent = octaves.int() << _MANTISSA_BITS
     return exponent.add_(mantissa.view(torch.int32)).view(torch.float32)
 

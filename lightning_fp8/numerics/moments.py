@@ -1,8 +1,8 @@
 """FP8 codec of Adam's two moments, blind to how unequal the columns of a weight are: `moments="fp8"`.
 
 It works on blocks: fp32 tensors [n, b], one row a block of consecutive elements of one row of a parameter. Storage is
-one byte an element for each moment, and per block 4 + 1 + 1 bytes (`v_max`, `v_density`, `m_scale`): 2.05 bytes a
-parameter at b = 128.
+one byte an element for each moment, and per block 4 + 4 bytes (`v_max`; `v_density`, `v_split`, `v_gap`, `m_scale`):
+2.06 bytes a parameter at b = 128.
 
 **Second moment: an E8M0 exponent stretched over the block's own range.** v has no sign and needs no mantissa; it needs
 range and even relative steps. With hi = max v (kept exactly), lo the smallest positive v, or hi * 2^-42 if that is
@@ -10,6 +10,11 @@ more, and k codes an octave, where k is the largest number with three mantissa b
 
     v = 2^((code - 253 + base) / k) at codes 1 to 253, where base = ceil(k * log2 hi) - 1;
     v = hi at code 254;    v = 0 at code 0, and nothing else is.
+
+Where columns of two kinds share a block, some of which no longer have gradients, say, most of these codes would lie
+between the two, unused. So the lattice has a gap: with the widest interval around the geometric mean of hi and lo that
+no v lies in, all whole multiples of two octaves that fit in there, but for half an octave, are left out, the codes
+below it stand for so much less, and k is as large as what remains allows.
 
 No positive v becomes 0, which is what makes E4M3 with one absolute maximum dangerous: m / sqrt(0) is a single update
 of hundreds. A code is 1/k octaves: 2.9 % of sqrt(v) where the block spans 20 octaves, 6 % at 42.
@@ -34,8 +39,8 @@ max|r| (one E8M0 byte),
 The exponent 2.5 trades E4M3's surplus of range for precision. m rounds to nearest; stochastic rounding hurts it.
 
 **When it fails.** v below 2^-126 counts as 0 on every device (as if subnormals were flushed), and where v is 0, so is
-m. Elements of a block below hi * 2^-42 are raised to that, or a code less, which makes their updates smaller, never
-larger. Both moments must be finite. |m| / sqrt(v) beyond 2^126 counts as that.
+m. Elements of a block below hi * 2^-42, and below what a gap adds to that, are raised to it, or a code less: their
+updates become smaller, never larger. Both moments must be finite. |m| / sqrt(v) beyond 2^126 counts as that.
 
 **The same codes on every path.** All is fp32 arithmetic whose every operation IEEE 754 determines (`elementary.py`), so
 codes depend neither on how a tensor was cut nor on whether they were computed by torch's operations or by a kernel.
@@ -57,6 +62,7 @@ from lightning_fp8.numerics.formats import E4M3, e8m0_ceil, e8m0_value
 
 _INTERVALS = 252  # between codes 1 and 253
 _WIDEST = 42.0  # octaves, 6 codes each
+_WIDEST_GAP = 40.0  # times two octaves; below code 0 of the smallest hi, a root of 2^-85, exp2 still has 2^-125
 _DENSEST = 1024.0  # codes an octave
 _TINY = torch.finfo(torch.float32).tiny  # 2^-126
 _TINY_BITS = 1 << 23
@@ -73,7 +79,7 @@ _SLACK_OCTAVES = 2.0**-20
 
 
 class FP8Moments(NamedTuple):
-    """Both moments of n blocks of b elements in FP8; 2 + 6 / b bytes a parameter.
+    """Both moments of n blocks of b elements in FP8; 2 + 8 / b bytes a parameter.
 
     Attributes:
         m_codes: uint8 [n, b], the bits of E4M3 values.
@@ -81,6 +87,8 @@ class FP8Moments(NamedTuple):
         v_codes: uint8 [n, b], points of the block's logarithmic lattice.
         v_max: fp32 [n, 1], the block's largest v, exact.
         v_density: uint8 [n, 1], codes an octave: 5 exponent bits and 3 mantissa bits, 0 is 4 codes an octave; 4 to 64.
+        v_split: uint8 [n, 1], the first code above the gap; 0 where there is none.
+        v_gap: uint8 [n, 1], how many times two octaves the lattice leaves out below that code; at most 40.
     """
 
     m_codes: Tensor
@@ -88,13 +96,16 @@ class FP8Moments(NamedTuple):
     v_codes: Tensor
     v_max: Tensor
     v_density: Tensor
+    v_split: Tensor
+    v_gap: Tensor
 
     @classmethod
     def zeros(cls, rows: int, columns: int, block_size: int, device: torch.device) -> "FP8Moments":
         """Moments of nothing: codes [rows, columns], and what belongs to a block [rows, blocks of a row]."""
         codes = torch.zeros(rows, columns, dtype=torch.uint8, device=device)
         scales = torch.zeros(rows, -(-columns // block_size), dtype=torch.uint8, device=device)
-        return cls(codes, torch.ones_like(scales), codes.clone(), scales.float(), scales)
+        of_blocks = (scales.float(), *(scales.clone() for _ in range(3)))
+        return cls(codes, torch.ones_like(scales), codes.clone(), *of_blocks)
 
     @classmethod
     def encode(cls, m: Tensor, v: Tensor, random: Tensor) -> "FP8Moments":
@@ -105,14 +116,14 @@ class FP8Moments(NamedTuple):
             v: fp32 [n, b], non-negative.
             random: fp32 [n, b], uniform in [0, 1): rounds a code of v up where it exceeds the distance to the next.
         """
-        v_codes, v_max, v_density = encode_v(v, random)
+        stored_v = encode_v(v, random)
         live_m = (m.view(torch.int32) & _live(v)).view(torch.float32)
-        m_codes, m_scale = encode_m(live_m, _lattice_root(v_codes, v_max, v_density).minimum(_root_of(v_max)))
-        return cls(m_codes, m_scale, v_codes, v_max, v_density)
+        m_codes, m_scale = encode_m(live_m, _lattice_root(*stored_v).minimum(_root_of(stored_v[1])))
+        return cls(m_codes, m_scale, *stored_v)
 
     def decode(self) -> tuple[Tensor, Tensor]:
         """The moments (m, v), fp32 [n, b] each; v is exactly `v_max` at code 254 and exactly 0 at code 0."""
-        root = _lattice_root(self.v_codes, self.v_max, self.v_density)
+        root = _lattice_root(*self[2:])
         levels = m_levels(self.m_codes.device).index_select(0, self.m_codes.reshape(-1).int())
         m = levels.view(root.shape) * e8m0_value(self.m_scale) * root.minimum(_root_of(self.v_max))
         return m, _square(root, self.v_codes, self.v_max)
@@ -122,27 +133,35 @@ class FP8Moments(NamedTuple):
 # and `where` take several times as long as arithmetic, so what counts as zero is masked by integers.
 
 
-def encode_v(v: Tensor, random: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(codes uint8 [n, b], hi fp32 [n, 1], density uint8 [n, 1]) of `v` fp32 [n, b]; `random` as in `encode`."""
-    live = _live(v)
+def encode_v(v: Tensor, random: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fields of v of `FP8Moments`, in their order, of `v` fp32 [n, b]; `random` as in `encode`."""
+    live, encoding = _live(v), v.view(torch.int32)
     hi = v.amax(dim=1, keepdim=True)
     hi = torch.where(hi >= _TINY, hi, 0.0)
-    lo = (v.view(torch.int32) | (_HUGE_BITS & ~live)).view(torch.float32).amin(dim=1, keepdim=True)
-    density = _density(hi.clamp_min(_TINY), lo)
+    largest = hi.clamp_min(_TINY)
+    lo = (encoding | (_HUGE_BITS & ~live)).view(torch.float32).amin(dim=1, keepdim=True)
+    # The mean of two encodings is about that of their logarithms; below it, all ones.
+    middle = (largest.view(torch.int32) >> 1) + (lo.view(torch.int32) >> 1)
+    low = (encoding - middle) >> 31
+    over = encoding.maximum(_HUGE_BITS & low).view(torch.float32).amin(dim=1, keepdim=True)
+    under = (encoding & low).view(torch.float32).amax(dim=1, keepdim=True)
+    gap = _gap(largest, over, under)
+    density = _density(largest, lo, gap)
     per_octave, base = _lattice(hi, density)
     k, b = per_octave.float(), base.float()
-    point = _points(v, k, b)
+    split = (_points(over, k, b).floor_().clamp_(-252.0, 1.0) + 253.0) * gap.clamp_max(1.0)
+    point = _points(v, k, b + low.float() * (2.0 * k * gap))  # exact: a lattice point stays one below the gap
     # The interval between the last two codes is cut at hi.
-    point = point.maximum(point * _points(hi.clamp_min(_TINY), k, b).reciprocal())
+    point = point.maximum(point * _points(largest, k, b).reciprocal())
     slack = k * _SLACK_OCTAVES + _SLACK
     threshold = (random * (1.0 - 2.0 * slack)).add_(slack)
     codes = point.add_(threshold).floor_().clamp_(-252.0, 1.0).int().add_(253)
-    return codes.bitwise_and_(live).to(torch.uint8), hi, density
+    return codes.bitwise_and_(live).to(torch.uint8), hi, density, split.to(torch.uint8), gap.to(torch.uint8)
 
 
-def decode_v(codes: Tensor, hi: Tensor, density: Tensor) -> Tensor:
+def decode_v(codes: Tensor, hi: Tensor, density: Tensor, split: Tensor, gap: Tensor) -> Tensor:
     """v, fp32 [n, b], of what `encode_v` returned; exactly `hi` at code 254."""
-    return _square(_lattice_root(codes, hi, density), codes, hi)
+    return _square(_lattice_root(codes, hi, density, split, gap), codes, hi)
 
 
 def _live(v: Tensor) -> Tensor:
@@ -150,10 +169,24 @@ def _live(v: Tensor) -> Tensor:
     return (_TINY_BITS - 1 - v.view(torch.int32)) >> 31
 
 
-def _density(hi: Tensor, lo: Tensor) -> Tensor:
-    """The byte of the largest k that reaches from `hi` to `lo`, both positive fp32 [n, 1]; `lo` may exceed `hi`."""
+def _octaves(hi: Tensor, lo: Tensor) -> Tensor:
+    """log2(hi / lo) of normal positive fp32 numbers."""
     (hi_octave, hi_log), (lo_octave, lo_log) = elementary.log2(hi), elementary.log2(lo)
-    octaves = (hi_octave - lo_octave).float() + (hi_log - lo_log)
+    return (hi_octave - lo_octave).float() + (hi_log - lo_log)
+
+
+def _gap(hi: Tensor, over: Tensor, under: Tensor) -> Tensor:
+    """How many times two octaves the lattice leaves out between `under` and `over`, fp32 [n, 1]; `under` may be 0.
+
+    Half an octave of it, three codes or more, stays, so that no code rounded up from below is one of those above.
+    """
+    gap = (_octaves(over, under.clamp_min(_TINY)) * 0.5 - 0.25).floor().clamp(0.0, _WIDEST_GAP)
+    return torch.where((under >= _TINY) & (_octaves(hi, over) < _WIDEST - 2.0), gap, 0.0)
+
+
+def _density(hi: Tensor, lo: Tensor, gap: Tensor) -> Tensor:
+    """The byte of the largest k that reaches from `hi` to `lo`, both positive fp32 [n, 1]; `lo` may exceed `hi`."""
+    octaves = _octaves(hi, lo) - 2.0 * gap
     densest = _INTERVALS / octaves.clamp(_INTERVALS / _DENSEST, _WIDEST)
     return ((densest.view(torch.int32) >> _DENSITY_BITS) - _DENSITY_BIAS).to(torch.uint8)
 
@@ -171,7 +204,7 @@ def _points(v: Tensor, k: Tensor, base: Tensor) -> Tensor:
     return (octave.float() * k).sub_(base).add_(log.mul_(k))  # exact but for `log`
 
 
-def _lattice_root(codes: Tensor, hi: Tensor, density: Tensor) -> Tensor:
+def _lattice_root(codes: Tensor, hi: Tensor, density: Tensor, split: Tensor, gap: Tensor) -> Tensor:
     """What `codes` stand for on the lattice, as roots, fp32 [n, b]; code 254 is above sqrt(hi), code 0 is positive."""
     k, base = _lattice(hi, density)
     period = 2 * k  # points in an octave of the root: an integer
@@ -179,11 +212,12 @@ def _lattice_root(codes: Tensor, hi: Tensor, density: Tensor) -> Tensor:
     first = (base - octave * period - 253.0).float()
     period, step, octave = period.float(), period.reciprocal().float(), octave.float()
     code = codes.float()
+    skipped = (split.float() - code).clamp_(0.0, 1.0).mul_(gap.float())  # octaves of the root
     code = (code - 253.0).clamp_min_(0.0).add_(code)  # code 254 means hi, so take a point that is surely above it
     point = code.add_(first)
     octaves = ((point + 0.5) * step).floor_()  # the half keeps the floor clear of rounding
     fraction = (point - octaves * period).mul_(step)
-    return elementary.exp2(octaves.add_(octave), fraction)
+    return elementary.exp2(octaves.add_(octave).sub_(skipped), fraction)
 
 
 def _root_of(hi: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ Per step and parameter, all arithmetic in fp32 (Loshchilov & Hutter, "Decoupled 
     w <- w - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
 
 The update uses the fresh m and v; only what is stored is quantised (`numerics/moments.py`), and a bf16 weight is
-rounded stochastically (`numerics/weights.py`). Bytes a parameter, weights and gradients in bf16: 2 + 2 + 2.05, where
+rounded stochastically (`numerics/weights.py`). Bytes a parameter, weights and gradients in bf16: 2 + 2 + 2.06, where
 fp32 moments make it 2 + 2 + 8.
 
 The step is a function on blocks (`step.py`), applied to many parameters at once (`packing.py`). The class owns state,
@@ -42,9 +42,9 @@ class FP8AdamW(Optimizer):
     """AdamW with both moments in FP8 and stochastic rounding of bf16 weights.
 
     State of a parameter with at least 64 columns, seen as [R, C]: `m_codes` and `v_codes`, uint8 of the parameter's
-    shape; `m_scale` and `v_density` uint8, `v_max` fp32, [R, ceil(C / block_size)]. Of any other parameter: `m` and
-    `v` in fp32. In all cases `step`, an int64 scalar on the parameter's device. Other values of `moments` and
-    `rounding` have the fields of their classes in `numerics`.
+    shape; `m_scale`, `v_density`, `v_split` and `v_gap` uint8, `v_max` fp32, [R, ceil(C / block_size)]. Of any other
+    parameter: `m` and `v` in fp32. In all cases `step`, an int64 scalar on the parameter's device. Other values of
+    `moments` and `rounding` have the fields of their classes in `numerics`.
 
     Every argument after `params` but `max_skipped_steps` may differ between groups.
 

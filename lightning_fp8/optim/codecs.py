@@ -49,11 +49,13 @@ _MOMENTS = (
     Stored("v_codes", torch.uint8, per_block=False),
     Stored("v_max", torch.float32, per_block=True),
     Stored("v_density", torch.uint8, per_block=True),
+    Stored("v_split", torch.uint8, per_block=True),
+    Stored("v_gap", torch.uint8, per_block=True),
 )
 
 
 def both_moments(first: str, second: str) -> Codec:
-    """A first and a second moment, stored as by `FP8AdamW`: 2.05 bytes an element."""
+    """A first and a second moment, stored as by `FP8AdamW`: 2.06 bytes an element."""
     return Codec(
         (first, second),
         _MOMENTS,
@@ -81,11 +83,13 @@ def moment_and_size(first: str, size: str) -> Codec:
 
 
 def second_moment(key: str) -> Codec:
-    """A second moment alone: 1.04 bytes an element."""
+    """A second moment alone: 1.05 bytes an element."""
     stored = (
         Stored(f"{key}_codes", torch.uint8, per_block=False),
         Stored(f"{key}_max", torch.float32, per_block=True),
         Stored(f"{key}_density", torch.uint8, per_block=True),
+        Stored(f"{key}_split", torch.uint8, per_block=True),
+        Stored(f"{key}_gap", torch.uint8, per_block=True),
     )
     return Codec(
         (key,),

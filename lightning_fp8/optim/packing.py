@@ -6,15 +6,15 @@ their size. Everything that a block needs to know of its parameter is looked up 
 """
 
 import functools
-import math
-from collections.abc import Callable, Iterable
+import types
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_fp8.kernels.adamw import Numbers, adamw, has_adamw
-from lightning_fp8.numerics.moments import FP8Moments, m_levels
+from lightning_fp8.kernels.adamw import Group, Matrix, adamw, has_adamw
+from lightning_fp8.numerics.moments import FP8Moments
 from lightning_fp8.numerics.rounding import dither, parameter_key, random_bits, row_keys
 from lightning_fp8.numerics.weights import CorrectedWeights, FP32Weights, StochasticWeights, Weights
 from lightning_fp8.optim import blocks, shards
@@ -23,6 +23,7 @@ from lightning_fp8.optim.health import Counts
 from lightning_fp8.optim.step import Corrections, Hyper, Moments, Step, squared_update_size, step_blocks
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 24}  # temporaries that stay in a CPU's caches, or fill a GPU
+_key = functools.lru_cache(maxsize=1 << 16)(parameter_key)
 _DRAWN = (StochasticWeights, CorrectedWeights)  # weights that random bits round
 
 
@@ -69,12 +70,15 @@ def alike(members: Iterable[Member]) -> list[list[Member]]:
 
     Empty parameters are left out: they have nothing to step, and no rows to pack.
     """
-    batches: dict[Any, list[Member]] = {}
+    batches: dict[tuple[Any, ...], list[Member]] = {}
     for member in members:
         if member.weight.numel():
-            kind = (member.weight.device, member.weight.dtype, member.grad.dtype, member.moments, member.weights)
-            batches.setdefault(kind, []).append(member)
+            batches.setdefault(_kind(member), []).append(member)
     return list(batches.values())
+
+
+def _kind(member: Member) -> tuple[Any, ...]:
+    return member.weight.device, member.weight.dtype, member.grad.dtype, member.moments, member.weights
 
 
 def step_batch(members: list[Member], group: dict[str, Any], finite: Tensor | None = None) -> Counts | None:
@@ -90,11 +94,11 @@ def step_batch(members: list[Member], group: dict[str, Any], finite: Tensor | No
     """
     weights_kind, moments_kind, size = members[0].weights, members[0].moments, group["block_size"]
     batch, hyper, compute = _pack(members, group), Hyper.of(group), step_rows
-    if finite is None and _has_kernel(batch, members[0], group):
-        _step_by_kernel(batch, members, group)
+    if _has_kernel(batch, members[0], group, finite):
+        _step_by_kernel(batch, members, group, finite)
         return None
     if group["compile"]:
-        hyper, compute = hyper.as_tensors(), _compiled_step()
+        hyper, compute = hyper.as_tensors(), _compiled_step(*_kind(members[0]), hyper.maximize, hyper.max_update)
     device = batch.keys.device
     lanes = torch.arange(size, dtype=torch.int32, device=device)
     own_rates = [member.rate for member in members if member.rate is not None]
@@ -125,49 +129,56 @@ def step_batch(members: list[Member], group: dict[str, Any], finite: Tensor | No
     return counts
 
 
-def _has_kernel(batch: _Batch, kind: Member, group: dict[str, Any]) -> bool:
+def _has_kernel(batch: _Batch, kind: Member, group: dict[str, Any], finite: Tensor | None) -> bool:
     """Whether a kernel takes these steps, with the same results."""
     served = kind.moments is FP8Moments and kind.weights in (StochasticWeights, FP32Weights)
+    plain = not group["track_health"] and (finite is None or kind.weight.is_cuda)
+    numbers = not any(isinstance(number, Tensor) for number in (*group["betas"], group["eps"]))
     tensors = (tensor for field in batch.stored.values() for tensor in field)
     return (
         served
-        and not group["track_health"]
-        and has_adamw(kind.weight, kind.grad)
+        and plain
+        and numbers
+        and has_adamw(kind.weight, kind.grad, group["block_size"])
+        and all(place.first_row is not None for place in batch.places)
         and all(tensor.is_contiguous() for tensor in tensors)
     )
 
 
-def _step_by_kernel(batch: _Batch, members: list[Member], group: dict[str, Any]) -> None:
+def _step_by_kernel(batch: _Batch, members: list[Member], group: dict[str, Any], finite: Tensor | None) -> None:
     """`step_rows` for all rows of each parameter."""
-    hyper, size = Hyper.of(group), group["block_size"]
-    levels = m_levels(batch.keys.device)
+    hyper = Hyper.of(group)
     rates = [hyper.lr if member.rate is None else member.rate for member in members]
-    each = zip(batch.places, batch.grads, zip(*batch.stored.values(), strict=True), rates, strict=True)
-    for i, (place, grad, (weight, *moments), lr) in enumerate(each):
-        adamw(
-            weight,
-            grad.contiguous(),
-            tuple(moments),
-            levels,
-            place.whole_rows(torch.arange(place.shape[0], dtype=torch.int32)),
-            place.first_column,
-            size,
-            Numbers(
-                key=tuple(batch.keys[i].tolist()),
-                step=int(batch.steps[i]),
-                beta1=float(hyper.beta1),
-                rest1=float(1 - hyper.beta1),
-                beta2=float(hyper.beta2),
-                rest2=float(1 - hyper.beta2),
-                eps=float(hyper.eps),
-                shrink=float(1 - lr * hyper.weight_decay),
-                lr=float(lr),
-                sign=-1.0 if hyper.maximize else 1.0,
-                m_correction=float(batch.corrections.m[i]),
-                v_correction=float(batch.corrections.v[i]),
-                max_update=math.inf if hyper.max_update is None else hyper.max_update,
-            ),
-        )
+    factors = [1 - rate * hyper.weight_decay for rate in rates]
+    columns = [_column(rates, batch.steps), _column(factors, batch.steps), *batch.corrections]
+    keys = (_key(group["seed"], member.name) for member in members)
+    each = zip(batch.places, batch.grads, zip(*batch.stored.values(), strict=True), keys, strict=True)
+    adamw(
+        [
+            Matrix(weight, grad.contiguous(), FP8Moments(*moments), place.first_row or 0, place.first_column, key)
+            for place, grad, (weight, *moments), key in each
+        ],
+        batch.steps,
+        torch.cat(columns, dim=1),
+        Group(
+            float(hyper.beta1),
+            float(1 - hyper.beta1),
+            float(hyper.beta2),
+            float(1 - hyper.beta2),
+            float(hyper.eps),
+            -1.0 if hyper.maximize else 1.0,
+            hyper.max_update,
+        ),
+        group["block_size"],
+        finite,
+    )
+
+
+def _column(values: list[Any], like: Tensor) -> Tensor:
+    """One number for all parameters, or a tensor of one element for each, as fp32 [P, 1] on the device of `like`."""
+    if isinstance(values[0], Tensor):
+        return torch.stack([value.reshape(1).float() for value in values]).to(like.device, non_blocking=True)
+    return torch.full((len(values), 1), float(values[0]), device=like.device)
 
 
 def step_rows(
@@ -191,8 +202,14 @@ def step_rows(
 
 
 @functools.cache
-def _compiled_step() -> Callable[..., Step]:
-    compiled: Callable[..., Step] = torch.compile(step_rows, dynamic=True, fullgraph=True)
+def _compiled_step(*kind: Hashable) -> Callable[..., Step]:
+    """`step_rows` compiled for one kind of parameters and options, by whatever tells them apart.
+
+    Each is compiled from code of its own: dynamo counts the graphs of a code object, and gives up after eight, which
+    the formats and dtypes of one process may exceed.
+    """
+    own = types.FunctionType(step_rows.__code__.replace(), step_rows.__globals__, step_rows.__name__)
+    compiled: Callable[..., Step] = torch.compile(own, dynamic=True, fullgraph=True)
     return compiled
 
 
@@ -229,7 +246,7 @@ def _chunks(batch: _Batch, device: torch.device) -> tuple[tuple[blocks.Rows, ...
 @functools.lru_cache(maxsize=256)
 def _keys(seed: int, names: tuple[str, ...], device: torch.device) -> Tensor:
     """The keys of parameters, copied to their device once."""
-    return torch.tensor([parameter_key(seed, name) for name in names], dtype=torch.int32).to(device)
+    return torch.tensor([_key(seed, name) for name in names], dtype=torch.int32).to(device)
 
 
 def _gather(batch: _Batch, rows: tuple[blocks.Rows, ...]) -> list[Tensor]:

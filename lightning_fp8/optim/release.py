@@ -1,6 +1,6 @@
 """Gradient release: each parameter steps in backward, as soon as its gradient is there, and the gradient is freed.
 
-Gradients then never exist all at once, which saves their 2 bytes a parameter (bf16): 2 + 2.05 are left. In one process
+Gradients then never exist all at once, which saves their 2 bytes a parameter (bf16): 2 + 2.06 are left. In one process
 the result is that of `optimizer.step()`, bit for bit, because a parameter's step depends on nothing but itself.
 
     enable_gradient_release(model, optimizer)

@@ -47,6 +47,13 @@ class Place(NamedTuple):
             stride *= size
         return whole
 
+    @property
+    def first_row(self) -> int | None:
+        """The number in the whole parameter of its first row; None if its rows do not follow one another there."""
+        if any(local != size for local, size, _ in self.leading[1:]):
+            return None
+        return sum(offset for *_, offset in self.leading[:1]) * math.prod(size for _, size, _ in self.leading[1:])
+
 
 def place_of(p: Tensor) -> Place:
     """Where the local part of `p` lies; a plain tensor is all there is.

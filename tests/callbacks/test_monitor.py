@@ -67,8 +67,9 @@ def test_every_layer_is_measured_and_the_run_is_the_unmonitored_one_bit_for_bit(
     for reading in readings:
         assert {layer for layer, roles in reading.values.items() if "input" in roles} == set(LAYERS)
         for layer in LAYERS:
-            assert list(reading.values[layer]) == ["input", "weight", "grad_output"]
-            for figures in reading.values[layer].values():
+            assert list(reading.values[layer]) == ["input", "weight", "grad_output", "update"]
+            for role in ("input", "weight", "grad_output"):
+                figures = reading.values[layer][role]
                 assert figures["amax"] > 0
                 assert 0 <= figures["underflow"] < 1
                 assert figures["saturation"] == 0 or variant == "delayed"

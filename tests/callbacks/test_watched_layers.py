@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,13 +11,18 @@ from lightning.pytorch import Callback
 from torch.nn import functional as F
 
 from lightning_fp8 import FP8Precision, convert_linears, end_step
+from lightning_fp8.callbacks.watch.decoders import decoder_places, watch_decoder
 from lightning_fp8.callbacks.watch.linears import linear_places, watch_linear
+from lightning_fp8.callbacks.watch.optimizers import measure_optimizer, optimizer_places
 from lightning_fp8.callbacks.watch.tally import Tally
 from lightning_fp8.compute import linear
 from lightning_fp8.compute.recipe import Operand, Recipe
 from lightning_fp8.compute.transformer_engine.layers import ConvertedLinear
-from lightning_fp8.models import DecoderLM
+from lightning_fp8.models import Decoder, DecoderLM, attention
+from lightning_fp8.models.flex import block_mask
+from lightning_fp8.models.masks import documents
 from lightning_fp8.numerics import dequantize
+from lightning_fp8.optim import FP8AdamW
 from tests.callbacks.monitored import LAYERS, SHAPE, fit, health_tracked, listening, model
 
 RECIPES = {
@@ -151,27 +157,77 @@ def test_attention_and_log_z_are_those_of_the_pass_itself(prepared, tmp_path, mo
     assert values["decoder.lm_head"]["output"]["log_z"] == pytest.approx(log_z, rel=1e-2)  # bf16 logits
 
 
+@pytest.mark.parametrize("with_documents", [False, True])
+@torch.no_grad()
+def test_a_rule_for_flex_attention_has_the_figures_of_the_mask_in_memory(monkeypatch, with_documents):
+    """On a CPU it has no backward pass, so the forward pass is measured alone."""
+    torch.manual_seed(0)
+    decoder = Decoder(replace(SHAPE, sliding_window=40))
+    tokens = torch.randint(0, 20, (6, 160))
+    numbers = documents(tokens, end_of_text=0) if with_documents else None
+    found = []
+    for mask in (attention.causal_mask, partial(block_mask, compiled=False)):
+        monkeypatch.setattr(attention, "causal_mask", mask)
+        tally = Tally(dict(p for n, m in decoder.named_modules() for p in decoder_places(n, m)), torch.device("cpu"))
+        handles = [handle for name, part in decoder.named_modules() for handle in watch_decoder(name, part, tally)]
+        decoder(tokens, documents_bt=numbers)
+        found.append({name: roles["attention"] for name, roles in tally.read().items() if "attention" in roles})
+        for handle in handles:
+            handle.remove()
+    in_memory, rule = found
+    assert in_memory.keys() == {"blocks.0.attention", "blocks.1.attention"}
+    for name, figures in in_memory.items():
+        assert rule[name] == pytest.approx(figures, rel=1e-3)  # the layers below differ in their last bits
+        assert figures["entropy"] > 0
+
+
 def test_alignment_and_the_optimizers_figures_are_those_of_the_step(prepared, tmp_path):
     module = model(optimizer=health_tracked)
     monitor, readings = listening()
     trainer = fit(tmp_path, prepared, monitor, module=module, steps=2)
-    health, found = trainer.optimizers[0].health(), readings[-1].values["optimizer"]["update"]
-    assert found == pytest.approx(
-        {
-            "update_rms": float(health.update_rms),
-            "max_update": float(health.max_update),
-            "stalled_updates": float(health.updates_lost),
-            "moment_zeros": float(health.v_at_floor),
-        }
-    )
+    health, values = trainer.optimizers[0].health_by_parameter(), readings[-1].values
+    names = dict(module.named_parameters())
+    assert {layer for layer, roles in values.items() if "update" in roles} == {n.rpartition(".")[0] for n in names}
+    assert health.keys() == names.keys()
+    for name, own in health.items():
+        assert values[name.rpartition(".")[0]]["update"] == pytest.approx(
+            {
+                "update_rms": float(own.update_rms),
+                "max_update": float(own.max_update),
+                "stalled_updates": float(own.updates_lost),
+                "moment_zeros": float(own.v_at_floor),
+            }
+        )
     mlp = module.decoder.blocks[1].mlp
     cosines = F.cosine_similarity(mlp.gate_proj.weight.double(), mlp.up_proj.weight.double()).abs()
-    assert readings[-1].values["decoder.blocks.1.mlp"]["weight"]["swiglu_alignment"] == pytest.approx(
-        float(cosines.max())
-    )
+    assert values["decoder.blocks.1.mlp"]["weight"]["swiglu_alignment"] == pytest.approx(float(cosines.max()))
+
+
+def test_the_parameters_of_a_layer_are_measured_together():
+    """The root mean square is over all their elements, and the largest update the largest of all."""
+    torch.manual_seed(0)
+    net = One(128, 128)
+    net.layer.bias = torch.nn.Parameter(torch.zeros(128))
+    kinds = ([("matrix", net.layer.weight)], [("vector", net.layer.bias)])
+    for named in (kinds, [[p for _, p in group] for group in kinds]):
+        groups = [{"params": group, "betas": (0.5 + 0.4 * i, 0.95)} for i, group in enumerate(named)]
+        optimizer = FP8AdamW(groups, lr=1e-2, track_health=True)
+        tally = Tally(dict(optimizer_places([optimizer], net)), torch.device("cpu"))
+        measure_optimizer([optimizer], net, tally)
+        assert tally.read() == {}  # not one step was taken
+        for scale in (1.0, 5.0):
+            net.layer(scale * torch.randn(64, 128)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        measure_optimizer([optimizer], net, tally)
+        weight, bias = optimizer.health_by_parameter().values()
+        squares = float(weight.update_rms) ** 2 * 128**2 + float(bias.update_rms) ** 2 * 128
+        (found,) = (roles["update"] for roles in tally.read().values())
+        assert found["update_rms"] == pytest.approx((squares / (128**2 + 128)) ** 0.5, rel=1e-6)
+        assert found["max_update"] == max(float(weight.max_update), float(bias.max_update))
 
 
 def test_an_optimizer_that_does_not_track_its_health_has_no_figures(prepared, tmp_path):
     monitor, readings = listening()
     fit(tmp_path, prepared, monitor, steps=1)
-    assert "optimizer" not in readings[0].values
+    assert all("update" not in roles for roles in readings[0].values.values())

@@ -1,9 +1,11 @@
 """Checkpoints out to Hugging Face's layout and back."""
 
 import json
+import re
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,12 @@ import yaml
 from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 
 from lightning_fp8.checkpoint import exchange, export_checkpoint, import_checkpoint
 from lightning_fp8.checkpoint.weights import Weights, open_ours, write_shards
 from lightning_fp8.cli.main import main
+from lightning_fp8.data import TokenDataModule
 from lightning_fp8.models import Decoder, DecoderConfig
 from lightning_fp8.models.lit import load_decoder
 
@@ -31,6 +35,15 @@ SHAPES = {
 }
 TOKENS = torch.randint(SHAPE.vocab_size, (2, 33), generator=torch.Generator().manual_seed(0))
 IDS = {"ids": list(SHAPES)}
+
+
+def peak_bytes(function: Callable[[], Any]) -> int:
+    """The most bytes that `function` had allocated on the CPU at one time."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return max(accumulate(change for _, change in changes))
 
 
 def save(config: DecoderConfig, path: Path, dtype: torch.dtype = torch.bfloat16) -> Decoder:
@@ -140,6 +153,21 @@ def test_sharded_checkpoints_are_put_together(tmp_path: Path) -> None:
     for source, target in (("sharded", "a"), ("checkpoints/last.ckpt", "b")):
         export_checkpoint(str(tmp_path / "run" / source), str(tmp_path / target))
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
+def test_a_sharded_checkpoint_is_not_put_together_in_memory(tmp_path: Path) -> None:
+    """Counted on what torch allocates: the shard that is written, and the tensor that is read."""
+    from torch.distributed import checkpoint as dcp
+
+    decoder = save(SHAPE, tmp_path / "run/checkpoints/last.ckpt")
+    state = {f"decoder.{name}": weight for name, weight in decoder.state_dict().items()}
+    total = sum(weight.nbytes for weight in state.values())
+    largest = max(weight.nbytes for weight in state.values())
+    dcp.save({"state_dict": state}, checkpoint_id=tmp_path / "run/sharded", no_dist=True)
+    torch.save({"decoder_config": asdict(SHAPE)}, tmp_path / "run/sharded/meta.pt")
+    source, target, shard = str(tmp_path / "run/sharded"), str(tmp_path / "hf"), total // 6
+    peak = peak_bytes(lambda: export_checkpoint(source, target, shard_gb=shard / 1e9))
+    assert 0 < peak <= shard + 2 * largest < total
 
 
 class Alive:
@@ -254,6 +282,38 @@ def test_an_imported_model_is_trained_on_and_evaluated(
     trained = load_decoder(str(next(Path("run2").rglob("*.ckpt"))))
     for name, weight in load_decoder(str(ckpt)).state_dict().items():
         assert torch.equal(trained.state_dict()[name], weight), name
+
+
+def test_a_model_trained_here_has_the_same_perplexity_in_transformers(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Trained in FP8 on bf16 weights, exported, and evaluated by both in fp32 on all held-out text: to four digits."""
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [])
+    config = {
+        "model": {"config": {**asdict(SHAPE), "vocab_size": 272}},
+        "data": {"path": str(prepared), "sequence_length": 16, "batch_size": 4},
+        "fp8": {"weights": "bf16"},
+        "trainer": {"accelerator": "cpu", "max_steps": 40, "limit_val_batches": 0, "num_sanity_val_steps": 0},
+    }
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    options = ["-c", "config.yaml", "--trainer.enable_progress_bar=false"]
+    main(["fit", *options, "--trainer.default_root_dir", "run"])
+    (ckpt,) = Path("run").rglob("*.ckpt")
+    capsys.readouterr()
+    whole = ["--fp8.enabled=false", "--trainer.limit_val_batches=1.0", "--ckpt_path", str(ckpt)]
+    main(["validate", *options, *whole])
+    ours = float(re.search(r"val/perplexity\D+([\d.]+)", capsys.readouterr().out)[1])
+
+    main(["export", str(ckpt), "hf", "--dtype", "fp32"])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained("hf")
+    blocks = torch.cat(list(TokenDataModule(str(prepared), sequence_length=16, batch_size=4).val_dataloader()))
+    with torch.no_grad():
+        logits = theirs(blocks[:, :-1]).logits
+    perplexity = F.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten()).exp().item()
+    assert perplexity < 0.5 * 272  # it has learnt
+    assert ours == pytest.approx(perplexity, rel=5e-5)
 
 
 @pytest.mark.parametrize(

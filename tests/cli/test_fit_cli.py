@@ -70,6 +70,7 @@ def steps(folder: str) -> list[int]:
         (["--config", "missing.yaml"], 2, "missing.yaml"),
         (["--fp8.recipe", "tensorwize"], 1, "Did you mean 'tensorwise'?"),
         (["--fp8.recipe", "{inputt: {format: e5m2}}"], 1, "Did you mean 'input'?"),
+        (["--fp8.recipe.input.formatt=e5m2"], 1, "Did you mean 'format'?"),
         (["--fp8.recipee", "delayed"], 2, "recipee"),
         (["--fp8.backend", "native"], 1, "'native' cannot run here"),
         (
@@ -149,10 +150,17 @@ def test_an_evaluation_leaves_the_run_as_it_was(fit: Fit, capsys: pytest.Capture
             3 * 6,
             {torch.float8_e4m3fn},
         ),
+        (
+            ["--fp8.recipe.grad_output.format=e4m3", "--fp8.recipe.high_precision", "[weight_grad]"],
+            torch.bfloat16,
+            7,
+            2 * 7,
+            {torch.float8_e4m3fn},
+        ),
         (["--fp8.enabled", "false"], torch.float32, 0, 0, set()),
         ([*BY_PATH, "--trainer.plugins.weights", "bf16"], torch.bfloat16, 7, 3 * 7, MIXED),
     ],
-    ids=["preset and field", "nested field", "off", "off, and by class path"],
+    ids=["preset and field", "nested field", "fields by dots", "off", "off, and by class path"],
 )
 def test_fp8_options_reach_the_plugin(
     options: list[str], dtype: torch.dtype, linears: int, gemms: int, formats: set[torch.dtype], fit: Fit

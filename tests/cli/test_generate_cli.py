@@ -109,4 +109,4 @@ def test_a_file_that_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixt
         main(["generate", "--ckpt", str(tmp_path / "x.ckpt"), "--prompt", PROMPT])
     (line,) = capsys.readouterr().err.splitlines()
     assert stopped.value.code == 1
-    assert "x.ckpt is no DecoderLM checkpoint" in line
+    assert "x.ckpt is damaged or no checkpoint" in line

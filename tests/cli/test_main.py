@@ -78,7 +78,15 @@ def test_debug_shows_where(argv: list[str], verb: ModuleType) -> None:
         main(argv)
 
 
-def test_our_own_errors_are_not_hidden(verb: ModuleType) -> None:
+def test_our_own_errors_are_told_as_such(verb: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     verb.run = fail(TypeError("a bug"))
-    with pytest.raises(TypeError, match="a bug"):
+    with pytest.raises(SystemExit) as stopped:
         main(["probe"])
+    first, where, remedy = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 1
+    assert first == "lightning-fp8: TypeError: a bug"
+    assert "not foreseen" in where
+    assert "main.py:" in where
+    assert "--debug" in remedy
+    with pytest.raises(TypeError, match="a bug"):
+        main(["probe", "--debug"])

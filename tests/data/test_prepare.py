@@ -14,8 +14,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from litdata.streaming.item_loader import TokensLoader
+from tokenizers import Regex, pre_tokenizers
 
-from lightning_fp8.data import END_OF_TEXT, Manifest, chunks, load_tokenizer, prepare
+from lightning_fp8.data import END_OF_TEXT, Manifest, chunks, load_tokenizer, prepare, readers, train_tokenizer
+from lightning_fp8.data.boundaries import BEFORE_ANY
 from lightning_fp8.data.manifest import MANIFEST_VERSION
 from lightning_fp8.data.readers import hash_file, read_pieces
 from lightning_fp8.data.sources import list_files
@@ -33,7 +35,7 @@ def iter_documents(sources):
     """Every document that is not empty, (file, text), of the readable files of the sources."""
     for file in list_files(sources):
         text = ""
-        for piece in read_pieces(file.path) if hash_file(file.path)[1] else ():
+        for piece in read_pieces(file.path, BEFORE_ANY) if hash_file(file.path)[1] else ():
             text += piece.text
             if piece.is_last:
                 if text:
@@ -291,6 +293,35 @@ def test_given_tokenizer_with_a_large_vocabulary(corpus: Path, tmp_path: Path) -
     assert tokens_of(tmp_path / "large", "train", "int32") == tokens_of(tmp_path / "small", "train")
     blocks = litdata.StreamingDataset(str(tmp_path / "large" / "train"), item_loader=TokensLoader(block_size=8))
     assert blocks[0].tolist() == tokens_of(tmp_path / "small", "train")[:8]
+
+
+@pytest.mark.parametrize(("expression", "whole"), [(None, False), (r"\w+|\W+", True)])
+def test_documents_are_cut_only_where_the_tokenizer_has_a_boundary(
+    expression: str | None, whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """One of another kind is named; with either, the tokens are those of the documents as a whole."""
+    texts = [words(seed) for seed in range(20)]
+    tokenizer = train_tokenizer(iter(texts), 300)
+    if expression:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(Regex(expression), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+        )
+    tokenizer.enable_truncation(5)  # as some published files have it
+    tokenizer.save(str(tmp_path / "t.json"))
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    monkeypatch.setattr(readers, "PIECE_CHARACTERS", 50)
+    prepare([str(tmp_path / "x.jsonl")], str(tmp_path / "out"), tokenizer=str(tmp_path / "t.json"), val_fraction=0.3)
+    said = capsys.readouterr().out
+    assert ("t.json cuts text into words in a way of its own (pre_tokenizer" in said) is whole
+    tokenizer.no_truncation()
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    wanted = sorted([*tokenizer.encode(text).ids, end] for text in texts)
+    documents: list[list[int]] = [[]]
+    for token in tokens_of(tmp_path / "out", "train") + tokens_of(tmp_path / "out", "val"):
+        documents[-1].append(token)
+        if token == end:
+            documents.append([])
+    assert sorted(documents[:-1]) == wanted
 
 
 def test_manifest_errors(corpus: Path, tmp_path: Path) -> None:

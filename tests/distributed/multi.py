@@ -63,7 +63,7 @@ def fit(folder, data, name="alone", plugin=None, *, recipe=None, steps=6, batch=
     trainer = Trainer(
         strategy=strategy_of(name, processes),
         devices=processes,
-        plugins=[plugin] if plugin else None,
+        plugins=[*([plugin] if plugin else []), *options.pop("plugins", [])],
         max_steps=steps,
         callbacks=[seen, *options.pop("callbacks", [])],
         default_root_dir=folder,

@@ -1,17 +1,21 @@
 """Estimates are counted on fake tensors; here against what a CPU really holds."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lightning_fp8 import convert_linears
 from lightning_fp8.compute import PRESETS
+from lightning_fp8.compute.activations import keep_activations_in_fp8
 from lightning_fp8.estimate import Setup, activations, device_memory
 from lightning_fp8.estimate.memory import LiveBytes
 from lightning_fp8.estimate.setup import layers
 from lightning_fp8.hardware import ACCELERATORS
 from lightning_fp8.models import Decoder, DecoderConfig
 from lightning_fp8.models.loss import CHUNK_LOGITS
+from lightning_fp8.models.recompute import Recompute
 from lightning_fp8.optim.estimate import MODES
 
 CONFIG = DecoderConfig(
@@ -31,17 +35,24 @@ def measured(preset: str | None) -> tuple[int, int]:
         kept[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
         return t
 
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        alive = alive_after_forward(model)
+    return sum(size for storage, size in kept.items() if storage not in own), alive
+
+
+def alive_after_forward(model: Decoder) -> int:
+    """Bytes that a CPU holds when a forward pass is over, weights apart."""
     tokens = torch.randint(512, (3, 64))
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)  # rotations too, as under the plugin
     try:
-        with LiveBytes() as live, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        with LiveBytes() as live:
             loss = model(tokens, tokens)
             alive = live.without(model)
     finally:
         torch.set_default_dtype(before)
     assert loss.isfinite()
-    return sum(size for storage, size in kept.items() if storage not in own), alive
+    return alive
 
 
 @pytest.mark.parametrize("preset", [None, *PRESETS])
@@ -54,6 +65,30 @@ def test_estimate_is_what_a_forward_pass_leaves(preset: str | None) -> None:
         saved += 5 * 3 * 64 * (3 * 128 + 384 + 4 * 4)
     assert estimated.kept == pytest.approx(saved, rel=0.01)
     assert estimated.recomputed == 0
+
+
+@pytest.mark.parametrize("preset", [None, "tensorwise"])
+@pytest.mark.parametrize("how", ["none", "full"])
+@pytest.mark.parametrize(
+    "patterns", [("*.mlp", "*_norm"), ("*norm",), ("blocks.3.mlp", "norm"), ("blocks.[1-4].mlp_norm",)], ids=str
+)
+def test_estimate_knows_what_is_kept_in_fp8(preset: str | None, how: Recompute, patterns: Sequence[str]) -> None:
+    recipe = PRESETS[preset] if preset else None
+    estimated = activations(CONFIG, 3, 64, recipe, how, patterns)
+    model = Decoder(CONFIG, activation_checkpointing=how).bfloat16()
+    if preset:
+        convert_linears(model, preset, backend="emulated")
+    keep_activations_in_fp8(model, patterns)
+    assert estimated.kept == pytest.approx(alive_after_forward(model), rel=1e-4)
+    plain = activations(CONFIG, 3, 64, recipe, how)
+    inside_alone = "norm" not in patterns and "*norm" not in patterns
+    assert (estimated.kept < plain.kept) is not (how == "full" and inside_alone)  # recomputed blocks keep nothing else
+    assert estimated.recomputed == plain.recomputed
+
+
+def test_a_pattern_that_chooses_nothing_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no module's name matches"):
+        activations(CONFIG, 3, 64, None, fp8_activations=["blocks.7.mlp"])
 
 
 def test_checkpointing_keeps_less_and_computes_a_block_again() -> None:

@@ -29,7 +29,10 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
+    torch.uint8: "u8",
+    torch.int16: "i16",
     torch.int32: "i32",
+    torch.int64: "i64",
     torch.float8_e4m3fn: "fp8e4nv",
     torch.float8_e5m2: "fp8e5",
 }
@@ -42,8 +45,8 @@ class Launch(NamedTuple):
     arguments: dict
 
 
-def launches(dtype, fmt, tile, power_of_two, remembered, rows, columns, shape=(8192, 4096)):
-    """What `launch` launches for such a cast."""
+def recording(modules, launch):
+    """What `launch()` launches of the kernels of `modules`."""
     recorded = []
 
     class Recorder:
@@ -56,22 +59,21 @@ def launches(dtype, fmt, tile, power_of_two, remembered, rows, columns, shape=(8
                 Launch(self.kernel, dict(zip(self.kernel.arg_names, given, strict=False)) | named)
             )
 
+    with pytest.MonkeyPatch.context() as patch:
+        for module in modules:
+            for name, kernel in list(vars(module).items()):
+                if name.endswith("_kernel"):
+                    patch.setattr(module, name, Recorder(kernel))
+        launch()
+    return recorded
+
+
+def launches(dtype, fmt, tile, power_of_two, remembered, rows, columns, shape=(8192, 4096)):
+    """What `launch` launches for such a cast."""
     x = torch.empty(shape, dtype=dtype, device="meta")
     scale = torch.empty((), device="meta") if remembered else None
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (tensor, lines, tiles):
-            for name in (
-                "amax_kernel",
-                "cast_kernel",
-                "remembered_kernel",
-                "rows_kernel",
-                "squares_kernel",
-                "pieces_kernel",
-            ):
-                if hasattr(module, name):
-                    patch.setattr(module, name, Recorder(getattr(module, name)))
-        launch(x, fmt, tile, power_of_two, scale, allocate(x, fmt, tile, rows, columns))
-    return recorded
+    outputs = allocate(x, fmt, tile, rows, columns)
+    return recording((tensor, lines, tiles), lambda: launch(x, fmt, tile, power_of_two, scale, outputs))
 
 
 def compiled(launched, capability):
@@ -85,11 +87,13 @@ def compiled(launched, capability):
         elif isinstance(value, int):
             signature[parameter.name] = "i32" if value < 2**31 else "i64"
         else:
-            signature[parameter.name] = f"*{TYPES[value.dtype]}"
-        if signature[parameter.name] != "constexpr" and (not isinstance(value, int) or value % 16 == 0):
+            signature[parameter.name] = "fp32" if isinstance(value, float) else f"*{TYPES[value.dtype]}"
+        looked_at = signature[parameter.name] not in ("constexpr", "fp32") and not parameter.do_not_specialize
+        if looked_at and (not isinstance(value, int) or value % 16 == 0):
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": arguments["num_warps"], "enable_fp_fusion": True}
+    options = {"num_warps": arguments["num_warps"], "enable_fp_fusion": arguments.get("enable_fp_fusion", True)}
+    options |= {"maxnreg": arguments["maxnreg"]} if "maxnreg" in arguments else {}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 

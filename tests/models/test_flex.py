@@ -1,8 +1,13 @@
-"""FlexAttention sees what the mask in memory sees. On CPUs it has no backward and no kernel, only its reference."""
+"""FlexAttention sees what the mask in memory sees.
+
+On CPUs it has no kernel, only its reference, and torch refuses gradients there before it comes to the reference's
+backward: without that refusal the backward is held against the mask's. The kernels themselves need a device.
+"""
 
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import flex_attention
 
 from lightning_fp8.models import Decoder, DecoderConfig, attention
 from lightning_fp8.models.flex import attend, block_mask
@@ -29,6 +34,23 @@ def test_it_attends_as_under_the_mask_in_memory(window, with_documents):
     rule = block_mask(LENGTH, window, numbers, CPU, compiled=False)
     # Sums of 160 terms in fp32, in another order.
     torch.testing.assert_close(attend(q, k, v, rule, 0.25), expected, rtol=160 * 2**-24, atol=160 * 2**-24)
+
+
+@pytest.mark.parametrize("window", [None, 5, 130])
+@pytest.mark.parametrize("with_documents", [False, True])
+def test_gradients_are_those_under_the_mask_in_memory(window, with_documents, monkeypatch):
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
+    generator = torch.Generator().manual_seed(1)
+    x = [torch.randn(2, heads, LENGTH, 16, generator=generator) for heads in (4, 2, 2)]
+    ours, theirs = ([t.clone().requires_grad_() for t in x] for _ in range(2))
+    numbers = packed()[1] if with_documents else None
+    mask = causal_mask(LENGTH, window, numbers, CPU)
+    y = attend(*ours, block_mask(LENGTH, window, numbers, CPU, compiled=False), 0.25)
+    expected = F.scaled_dot_product_attention(*theirs, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    dy = torch.randn(y.shape, generator=generator)
+    for a, b in zip(torch.autograd.grad(y, ours, dy), torch.autograd.grad(expected, theirs, dy), strict=True):
+        # A gradient is a sum of 160 products of such sums.
+        assert (a - b).abs().max() <= 2 * LENGTH * 2**-24 * b.abs().max()
 
 
 def test_blocks_that_hold_no_pair_are_left_out():

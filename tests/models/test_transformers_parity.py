@@ -102,21 +102,39 @@ def test_logits_and_gradients_in_fp32(config: DecoderConfig) -> None:
     assert {name: d for name, d in apart.items() if not d <= 1e-5} == {}
 
 
+def in_bf16_and_exact(config: DecoderConfig) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Ours and theirs in bf16, and theirs in fp32, all of the same bf16 weights."""
+    ours, theirs = Decoder(config), model_of(config)
+    randomise(ours, spread=0.16, gains=0)  # as at the beginning of a training: deviation 0.02
+    ours.bfloat16()
+    theirs.load_state_dict(renamed(ours), strict=not config.tied_embeddings)
+    exact = {name: x.clone() for name, x in logits_and_gradients(theirs).items()}
+    return logits_and_gradients(ours), logits_and_gradients(theirs.bfloat16()), exact
+
+
 def test_logits_and_gradients_in_bf16(config: DecoderConfig) -> None:
     """Logits agree to 1e-2, and so does half of the gradients with those in fp32.
 
     Not all do, here or in `transformers` (which rounds rotations and scores to bf16 too): the gradient of a key's bias
     is what is left when terms cancel. Ours must not be the further ones.
     """
-    ours, theirs = Decoder(config), model_of(config)
-    randomise(ours, spread=0.16, gains=0)  # as at the beginning of a training: deviation 0.02
-    ours.bfloat16()
-    theirs.load_state_dict(renamed(ours), strict=not config.tied_embeddings)
-    exact = {name: x.clone() for name, x in logits_and_gradients(theirs).items()}
-    own, rounded = logits_and_gradients(ours), logits_and_gradients(theirs.bfloat16())
+    own, rounded, exact = in_bf16_and_exact(config)
     assert distances(own, rounded)["logits"] <= 1e-2
     error, their_error = (median(distances(x, exact).values()) for x in (own, rounded))
     assert error <= min(1e-2, 1.25 * their_error)
+
+
+def test_no_more_gradients_are_beyond_the_bar_in_bf16_than_in_transformers() -> None:
+    """Of all families' tensors, those further than 1e-2 from fp32: 62 of ours, 90 of theirs, where this was written.
+
+    So no implementation in bf16 can be within 1e-2 of another in every tensor.
+    """
+    ours = theirs = 0
+    for config in FAMILIES.values():
+        own, rounded, exact = in_bf16_and_exact(config)
+        ours += sum(distance > 1e-2 for distance in distances(own, exact).values())
+        theirs += sum(distance > 1e-2 for distance in distances(rounded, exact).values())
+    assert 0 < ours <= theirs
 
 
 def test_weights_and_configuration_from_transformers(config: DecoderConfig) -> None:

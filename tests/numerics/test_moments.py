@@ -60,6 +60,8 @@ def test_one_byte_an_element():
         "v_codes": (torch.uint8, (N, B)),
         "v_max": (torch.float32, (N, 1)),
         "v_density": (torch.uint8, (N, 1)),
+        "v_split": (torch.uint8, (N, 1)),
+        "v_gap": (torch.uint8, (N, 1)),
     }
 
 
@@ -129,7 +131,8 @@ def test_an_empty_block():
 def test_all_codes_zero_decode_to_zero():
     """The state before the first step, as the optimizer creates it."""
     codes, scales = torch.zeros(2, B, dtype=torch.uint8), torch.zeros(2, 1)
-    assert not any(t.any() for t in FP8Moments(codes, codes[:, :1] + 1, codes, scales, scales).decode())
+    bytes_ = codes[:, :1]
+    assert not any(t.any() for t in FP8Moments(codes, bytes_ + 1, codes, scales, bytes_, bytes_, bytes_).decode())
 
 
 @pytest.mark.parametrize("subnormal", [2.0**-149, 2.0**-127, TINY - 2.0**-149])
@@ -156,6 +159,68 @@ def test_v_far_below_the_largest_is_raised_to_42_octaves_only(hi):
     assert octaves.max() <= 42 + 1 / 6 + 1e-6
     # ... so their updates, at most 1 here, become smaller and not larger, but for half a step of m's code.
     assert (m[low] <= v[low].sqrt() + HALF_STEP * decoded[low].sqrt() * (1 + 1e-6)).all()
+
+
+def two_kinds(gap, *, spread=1.0, largest=1.0, n=N):
+    """v whose even columns lie so many octaves below the others, each kind within `spread` octaves."""
+    octaves = torch.rand(n, B, generator=generator(3), dtype=torch.float64) * spread
+    octaves[:, 0], octaves[:, 1] = 0.0, 0.0  # the largest of their kinds
+    octaves[:, ::2] += gap
+    return (largest * (-octaves).exp2()).float()
+
+
+@pytest.mark.parametrize("gap", [0.0, 1.0, 3.4, 3.6, 9.0, 39.0, 60.0, 81.0, 100.0])
+@pytest.mark.parametrize("random", [0.0, 1 - 2.0**-16, None])
+def test_no_codes_are_spent_on_an_empty_interval(gap, random):
+    spread = 1.0
+    v = two_kinds(gap, spread=spread, largest=2.0**30)
+    random = uniform(v.shape) if random is None else torch.full(v.shape, random)
+    codes, hi, density, split, left_out = stored = encode_v(v, random)
+    top, bottom = v[:, 1::2].double(), v[:, ::2].double()
+    free = (top.amin(1) / bottom.amax(1)).log2()  # octaves between the two kinds, below 0 if they overlap
+    expected = ((free - 0.5) / 2).floor().clamp(0, 40)
+    # Where the kinds overlap, any empty interval around the middle may be left out; none is wide enough here.
+    assert torch.equal(left_out.squeeze(1).double(), expected)
+    spanned = (v.double().amax(1) / v.double().amin(1)).log2() - 2 * expected
+    assert ((per_octave(density).squeeze(1) * spanned.clamp_max(42.0)) <= INTERVALS + 1e-3).all()
+    if expected.all():
+        assert (codes[:, 1::2] >= split).all()
+        assert (codes[:, ::2] < split).all()
+    within = v.double() >= hi.double() * (-(42 + 2 * expected.unsqueeze(1))).exp2()
+    error = (decode_v(*stored).double() / v.double()).log2().abs() * per_octave(density)
+    assert error[within].max() <= 1 + 1e-3  # in codes
+    assert decode_v(*stored)[~within].numel() == 0 or (decode_v(*stored) >= v)[~within].all()
+
+
+def test_a_gap_leaves_the_lattice_where_it_is():
+    """What was decoded lies on the lattice of the same density with any gap, and so is not rounded again."""
+    v = two_kinds(9.0)
+    first = encode_v(v, uniform(v.shape))
+    decoded = decode_v(*first)
+    for random in (0.0, 1 - 2.0**-16):
+        again = encode_v(decoded, torch.full(v.shape, random))
+        same = (again[2] == first[2]).squeeze(1) & (again[4] == first[4]).squeeze(1)
+        assert same.double().mean() > 0.5
+        assert torch.equal(again[0][same], first[0][same])
+    # The lower kind alone, without a gap, at the density that the whole block had.
+    lower = decoded.clone()
+    lower[:, 1::2] = lower[:, ::2].amax(1, keepdim=True)
+    k = per_octave(first[2])
+    point = lower.double().log2() * k
+    assert ((point - point.round()).abs() <= 2.0**-10).all()
+
+
+def test_a_gap_at_the_ends_of_fp32():
+    """Nothing becomes 0, NaN or larger than the largest, whatever lies between the smallest numbers and the largest."""
+    v = torch.tensor([[TINY, 2.0**127], [TINY, 2.0**-125], [TINY, 2.0**-40], [0.0, TINY]])
+    v = torch.cat([v, v.flip(1), v[:, :1].expand(-1, B - 4)], dim=1)
+    for random in (0.0, 0.5, 1 - 2.0**-16):
+        m, decoded = encode(v.sqrt(), v, random).decode()
+        assert decoded.isfinite().all()
+        assert m.isfinite().all()
+        assert torch.equal(decoded > 0, v > 0)
+        assert torch.equal(decoded.amax(1), v.amax(1))
+        assert (decoded >= v * (1 - 2.0**-20)).all()  # TINY is a point of every lattice
 
 
 @pytest.mark.parametrize("octaves", [1e-3, 0.1, 1.0, 2.0, 5.3, 12.7, 41.9])
@@ -197,9 +262,10 @@ def test_what_lies_on_the_lattice_stays_there(density, random):
     codes = torch.arange(1, 253, dtype=torch.uint8).expand(len(hi), -1)
     codes = torch.cat([codes, torch.full_like(codes[:, :1], 254)], dim=1)
     densities = torch.full_like(codes[:, :1], density)
-    v = decode_v(codes, hi, densities)
+    none = torch.zeros_like(densities)
+    v = decode_v(codes, hi, densities, none, none)
     v[:, 0] = (hi * 2.0 ** -((INTERVALS - 0.5) / k)).squeeze(1)  # makes sure of the density
-    again, _, found = encode_v(v, torch.full(v.shape, random))
+    again, _, found, *_ = encode_v(v, torch.full(v.shape, random))
     same = (found == densities).squeeze(1)
     assert same.all() if k >= 6 else not same.any()  # below 6 codes an octave are never chosen
     assert torch.equal(again[same, 1:], codes[same, 1:])
@@ -223,7 +289,8 @@ def test_v_is_unbiased_in_code_space():
     draws = 512
     v = moments_of(sigma=1.0, n=4)[1]
     random = ((torch.arange(draws) + 0.5) / draws).view(draws, 1, 1).expand(draws, *v.shape)
-    codes, hi, density = encode_v(v.repeat(draws, 1), random.reshape(-1, B))
+    codes, hi, density, _, gap = encode_v(v.repeat(draws, 1), random.reshape(-1, B))
+    assert not gap.any()
     mean = codes.view(draws, *v.shape).double().mean(0)
     log_hi, k = hi[:4].double().log2(), per_octave(density[:4])
     base = (log_hi * k).ceil() - 1
@@ -253,7 +320,8 @@ def test_m_follows_the_power_law():
     codes = torch.tensor([c for c in range(256) if c & 0x7F != 0x7F], dtype=torch.uint8).view(2, 127)
     ones = torch.ones(2, 1)
     v_codes = torch.full_like(codes, 254)
-    m, _ = FP8Moments(codes, torch.full((2, 1), 127 + 3, dtype=torch.uint8), v_codes, 4 * ones, 0 * ones).decode()
+    none = codes[:, :1] * 0
+    m, _ = FP8Moments(codes, torch.full_like(none, 127 + 3), v_codes, 4 * ones, none, none, none).decode()
     expected = level(E4M3_GRID) * 2.0**3 * 2.0
     torch.testing.assert_close(m.double(), torch.stack([expected, -expected]), rtol=2.0**-23, atol=0)
 
@@ -367,27 +435,18 @@ def tracking_error(beta2, *, change="thirtieth", rounding="dithered", seed=0, n=
     return error, (-error / 2).exp2().mean()
 
 
-# At beta2 = .999 columns that live beside ones gone to zero end between .095 and .103, by the seed; all else keeps .1.
-# Their block then spans 10 octaves, 24 codes each, and a code that carries nothing else from step to step walks by 3.
-# In the mean of 6 seeds: .100; with densities of 4 or 5 mantissa bits, or kept for as long as they fit, .099 to .100;
-# with an eighth more codes than a byte has, .093. A lattice without the block's widest empty interval, which takes two
-# more bytes a block, would bring .021.
-BOUNDS = {("zero", 0.999): 0.105}
-
-
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("beta2", [0.95, 0.99, 0.999])
 def test_v_follows_gradients_that_change(beta2, change):
     error, scale = tracking_error(beta2, change=change)
-    assert error.abs().mean() <= BOUNDS.get((change, beta2), 0.1)
+    assert error.abs().mean() <= 0.1
     assert error.mean().abs() <= 0.02
     assert abs(scale - 1) <= 0.02  # the mean size of an update
 
 
-@pytest.mark.parametrize("beta2", [0.99, 0.999])
-def test_rounding_to_nearest_is_a_ratchet(beta2):
+def test_rounding_to_nearest_is_a_ratchet():
     """Why v is rounded stochastically, and that the test above can fail."""
-    error, scale = tracking_error(beta2, rounding="nearest")
+    error, scale = tracking_error(0.999, rounding="nearest")
     assert error.abs().mean() > 1
     assert error.mean() > 0.5
     assert scale < 0.9

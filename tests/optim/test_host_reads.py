@@ -6,6 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy_adamw import SHAPES, set_grads, trained
 
+from lightning_fp8 import hardware
 from lightning_fp8.optim import FP8AdamW, finite
 
 
@@ -44,6 +45,31 @@ def test_a_step_reads_nothing_from_the_device(options, monkeypatch):
     with _HostReads() as reads:
         assert optimizer.skipped_steps == 0
     assert reads.found  # so that the count can fail
+
+
+class _Steps(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.parameters = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.lightning_fp8.adamw.default:
+            self.parameters.append(len(args[0]))
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_kernel_of_a_gpu_steps_all_matrices_at_once(monkeypatch):
+    monkeypatch.setattr(hardware, "runs_kernels", lambda: True)
+    with FakeTensorMode(), _Steps() as steps:
+        params = [torch.nn.Parameter(torch.zeros(8, 64 + 2 * i, device="cuda").bfloat16()) for i in range(5)]
+        params.append(torch.nn.Parameter(torch.zeros(100, device="cuda").bfloat16()))  # whose moments are fp32
+        optimizer = FP8AdamW(params)
+        optimizer.param_groups[0]["lr"] = torch.full((), 0.01, device="cuda")
+        for _ in range(2):
+            for p in params:
+                p.grad = torch.zeros_like(p)
+            optimizer.step()
+    assert steps.parameters == [5, 5]
 
 
 def test_a_step_on_a_fake_gpu():

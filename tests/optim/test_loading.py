@@ -53,7 +53,7 @@ def older(state_dict, *, lost, kept=None):
     return state
 
 
-@pytest.mark.parametrize("lost", ["m_codes", "m_scale", "v_codes", "v_max", "v_density"])
+@pytest.mark.parametrize("lost", ["m_codes", "m_scale", "v_codes", "v_max", "v_density", "v_split", "v_gap"])
 def test_fields_of_another_release_are_named_with_their_parameter(lost):
     params, optimizer = trained()
     message = rf"^FP8AdamW: the saved state of 'a\.weight' lacks {lost}; it has step, .*old_name\. It is of another .*"

@@ -8,13 +8,14 @@ from unittest.mock import patch
 import torch
 from arms import DEAD_LOSS_SCALE, SMALL, without_scales
 from lightning.pytorch import Callback, LightningModule, Trainer
+from pairs import pairs
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from trials import REWIND, Setup, skips
 
 from lightning_fp8 import Recipe
 from lightning_fp8.callbacks.guard import DEFAULT_ALARMS
-from lightning_fp8.data.synthetic import TokenSource, zipf
+from lightning_fp8.data.synthetic import TokenSource, markov_copy, zipf
 from lightning_fp8.models import Decoder
 from lightning_fp8.numerics import E4M3, Format, quantize
 from lightning_fp8.numerics.quantize import dequantize
@@ -57,6 +58,18 @@ def rare_words() -> TokenSource:
     return zipf()
 
 
+@cache
+def copies() -> TokenSource:
+    """A task that is learnt quickly."""
+    return markov_copy()
+
+
+@cache
+def last_two() -> TokenSource:
+    """A task that needs the MLPs."""
+    return pairs()
+
+
 def moments(model: Decoder, lr: float, *, kind: type[FP8AdamW] = FP8AdamW, **options: Any) -> Optimizer:
     defaults = {"betas": (0.9, 0.95), "weight_decay": 0.0, "track_health": True}
     return kind(model.named_parameters(), lr=lr, **{**defaults, **options})
@@ -83,13 +96,13 @@ def unsaturated(scaled: Tensor, fmt: Format) -> Tensor:
 
 
 class Jumps(Callback):
-    """From an onset on, in every fifth step, the inputs of all linear layers of the blocks are 64 times as large.
+    """From an onset on, every `period` steps, the inputs of all linear layers of the blocks are 64 times as large.
 
     Their outputs are divided by it again: nothing changes but for casts.
     """
 
-    def __init__(self, onset: int) -> None:
-        self.onset, self.factor = onset, 1.0
+    def __init__(self, onset: int, period: int = 5) -> None:
+        self.onset, self.period, self.factor = onset, period, 1.0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for name, layer in pl_module.named_modules():
@@ -99,7 +112,7 @@ class Jumps(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         since = trainer.global_step + 1 - self.onset
-        self.factor = 64.0 if since >= 0 and since % 5 == 0 else 1.0
+        self.factor = 64.0 if since >= 0 and since % self.period == 0 else 1.0
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.factor = 1.0
@@ -153,18 +166,23 @@ class Stuck(Callback):
             pl_module.decoder.blocks[1].mlp_norm.weight.zero_()
 
 
+# Limits beyond which the guard acts. In the warm-up, when tensors grow from step to step, delayed scales let through a
+# warning, and smoothing, which takes half of an outlier's octaves, may leave one of it, and never more.
+SEVERE = tuple(alarm for alarm in DEFAULT_ALARMS if alarm.action == "fallback")
+
 TASK = Setup(skips, steps=150, lr=1e-2)
 FP8 = replace(TASK, recipe="tensorwise")
 LATE = replace(TASK, lr=1e-4)  # as late in a schedule, where updates are small
 IN_BF16 = replace(LATE, recipe="tensorwise", weights="bf16", sample_every=10)
 RARE = replace(TASK, source=rare_words, lr=3e-3)
 RARE_FP8 = replace(RARE, recipe="tensorwise")
-HIGH = replace(TASK, lr=0.3, steps=100)
+# Wider decoders differ by 5 % from seed to seed at this rate, with QK-norm too.
+NARROW = replace(SMALL, hidden_size=32, intermediate_size=64)
+HIGH = replace(TASK, source=copies, config=NARROW, lr=0.3, end=1.0)
 SPIKED = replace(FP8, faults=(partial(Poison, 70),))
-BENT = replace(FP8, faults=(partial(Aligned, 50, 30.0),))
+BOTH = replace(TASK, source=last_two)
+BENT = replace(BOTH, recipe="tensorwise", faults=(partial(Aligned, 50, 300.0),), guard=(("alarms", SEVERE),))
 
-# In the warm-up, when tensors grow from step to step, delayed scales let through a warning, and never this.
-SEVERE = tuple(alarm for alarm in DEFAULT_ALARMS if alarm.metric == "saturation" and alarm.action == "fallback")
 
 FAULTS = (
     Fault(
@@ -219,11 +237,10 @@ FAULTS = (
         onset=50,
         detector="input underflow",
         within=5,
-        clean=TASK,
+        clean=BOTH,
         broken=BENT,
         cured=replace(BENT, config=replace(SMALL, smooth_swiglu=True)),
         cure="smooth_swiglu",
-        breaks_loss=False,
     ),
     Fault(
         name="learning rate 0.3 without QK-norm",
@@ -231,10 +248,9 @@ FAULTS = (
         detector="logit_max",
         within=50,
         clean=HIGH,
-        broken=replace(HIGH, recipe="tensorwise", config=replace(SMALL, qk_norm=False)),
+        broken=replace(HIGH, recipe="tensorwise", config=replace(NARROW, qk_norm=False)),
         cured=replace(HIGH, recipe="tensorwise"),
         cure="qk_norm",
-        breaks_loss=False,  # at this width and rate BF16 with QK-norm itself varies by 5 % from seed to seed
     ),
     Fault(
         name="three poisoned batches",

@@ -85,6 +85,7 @@ def raised(figures: Iterable[Figure], alarms: Iterable[Alarm]) -> list[Raised]:
 
 
 _CAST = "FP8 does not hold this tensor; a finer granularity (rowwise, blockwise) or BF16 for this layer does."
+_FLUSHED = f"{_CAST} If a few outliers of a SwiGLU push the rest below FP8's range, so does smooth_swiglu."
 _OUTLIERS = "a few channels outgrow the rest and cost the others their precision; smooth or normalise what feeds them."
 _LOGITS = "softmax is about to be one-hot; use qk_norm, or lower the learning rate."
 _STUCK = "this layer is stuck: all of it is zero; look at what feeds it, and at what it feeds."
@@ -96,8 +97,8 @@ DEFAULT_ALARMS: tuple[Alarm, ...] = (
     # A layer that gives the same whatever it gets: what it reads, holds or learns from is zero throughout.
     Alarm("amax", _TINY, ("input", "weight", "grad_output"), below=True, advice=_STUCK),
     # What a cast loses. E4M3 spans 2^17.8: a Gaussian loses 1e-5 of itself, an aligned SwiGLU pair half and more.
-    Alarm("underflow", 0.05, ("input", "weight"), advice=_CAST),
-    Alarm("underflow", 0.30, ("input", "weight"), action="fallback", advice=_CAST),
+    Alarm("underflow", 0.05, ("input", "weight"), advice=_FLUSHED),
+    Alarm("underflow", 0.30, ("input", "weight"), action="fallback", advice=_FLUSHED),
     # Gradients have longer tails, and E5M2 spans 2^31.8; unscaled ones are lost all but entirely.
     Alarm("underflow", 0.20, ("grad_output",), advice=_CAST),
     Alarm("underflow", 0.50, ("grad_output",), action="fallback", advice=_CAST),

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.hooks import RemovableHandle
 
 from lightning_fp8.callbacks.watch.tally import Gauge, Place, Tally
 from lightning_fp8.metrics.attention import AttentionEntropy, AttentionLogitMax, attention_scores
 from lightning_fp8.metrics.log_z import OutputLogZ
 from lightning_fp8.metrics.swiglu import SwiGLUAlignment
-from lightning_fp8.models.attention import Attention, Sight
+from lightning_fp8.models.attention import Attention, Mask, Sight
 from lightning_fp8.models.decoder import Decoder, SwiGLU
 from lightning_fp8.models.rope import rotate
 from lightning_fp8.models.scores import soft_cap
@@ -82,9 +83,7 @@ def _watch_attention(name: str, module: Attention, tally: Tally) -> list[Removab
 
     @torch.no_grad()
     def at_keys(_: nn.Module, args: tuple[Any, ...], k_bkus: Tensor) -> None:
-        mask = sights[0].masks[module.window]
-        if mask is None or isinstance(mask, Tensor):  # not one that only a compiled kernel can read
-            tally.add(Place(name, "attention"), _attention(module, sights[0], mask, queries.pop(), k_bkus.detach()))
+        tally.add(Place(name, "attention"), _attention(module, sights[0], queries.pop(), k_bkus.detach()))
 
     return [
         module.register_forward_pre_hook(before),
@@ -93,15 +92,10 @@ def _watch_attention(name: str, module: Attention, tally: Tally) -> list[Removab
     ]
 
 
-def _attention(
-    module: Attention, sight: Sight, mask: Tensor | None, q_bhts: Tensor, k_bkus: Tensor
-) -> dict[str, Tensor]:
+def _attention(module: Attention, sight: Sight, q_bhts: Tensor, k_bkus: Tensor) -> dict[str, Tensor]:
     rows, length = slice(ROWS), q_bhts.shape[2]
     picked = torch.arange(0, length, -(-length // QUERIES), device=q_bhts.device)
-    if mask is None:
-        mask = picked[:, None] >= torch.arange(length, device=q_bhts.device)
-    else:
-        mask = (mask[rows] if mask.dim() > 2 else mask)[..., picked, :]
+    mask = _seen(sight.masks[module.window], q_bhts[rows].shape[0], picked, length)
     with torch.autocast(q_bhts.device.type, enabled=False):
         q = rotate(q_bhts[rows], *(_of(rows, table) for table in sight.queries))[:, :, picked]
         k = rotate(k_bkus[rows], *(_of(rows, table) for table in sight.keys))
@@ -110,6 +104,21 @@ def _attention(
         "logit_max": AttentionLogitMax.measure(scores, mask),
         "entropy": AttentionEntropy.measure(scores, mask),
     }
+
+
+def _seen(mask: Mask, rows: int, picked: Tensor, length: int) -> Tensor:
+    """Which positions the `picked` ones of the first `rows` rows see: booleans [P, T], or [R, 1, P, T] with documents.
+
+    A `BlockMask` holds no booleans but the rule of which they are made: it is asked for these positions alone.
+    """
+    positions = torch.arange(length, device=picked.device)
+    if mask is None:
+        return picked[:, None] >= positions
+    if isinstance(mask, BlockMask):
+        row = torch.arange(rows, device=picked.device)[:, None, None, None]
+        seen: Tensor = mask.mask_mod(row, torch.zeros_like(row), picked[:, None], positions)
+        return seen
+    return (mask[:rows] if mask.dim() > 2 else mask)[..., picked, :]
 
 
 def _of(rows: slice, table: Tensor) -> Tensor:

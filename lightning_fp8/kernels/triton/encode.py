@@ -76,10 +76,16 @@ def encode(x, scale, FP8: tl.constexpr, POWER_OF_TWO: tl.constexpr, REMEMBERED: 
         if REMEMBERED:
             scaled = tl.where(scaled > FAR, FAR, tl.where(scaled < -FAR, -FAR, scaled))  # NaN stays
         scaled = _divide(scaled, significand, tl.math.div_rn(tl.full(significand.shape, 1.0, tl.float32), significand))
+    return to_fp8(scaled, FP8)
+
+
+@triton.jit
+def to_fp8(x, FP8: tl.constexpr):
+    """The codes nearest to fp32 `x`, ties to even; saturating, but NaN stays NaN."""
     if INTERPRETED:
-        codes = _on_grid(scaled, FP8).to(FP8).to(tl.uint8, bitcast=True)
-        return tl.where(scaled != scaled, 0x7F, codes).to(tl.uint8).to(FP8, bitcast=True)
-    return scaled.to(FP8)
+        codes = _on_grid(x, FP8).to(FP8).to(tl.uint8, bitcast=True)
+        return tl.where(x != x, 0x7F, codes).to(tl.uint8).to(FP8, bitcast=True)
+    return x.to(FP8)
 
 
 @triton.jit
@@ -97,19 +103,20 @@ def _divide(x, y, inverse):
     in 2^24 only: it is then far below what FP8 can hold.
     """
     quotient = x * inverse
-    quotient = _multiply_add(_multiply_add(-quotient, y, x), inverse, quotient)
-    quotient = _multiply_add(_multiply_add(-quotient, y, x), inverse, quotient)
-    return _with_sign_of(quotient, x)  # a zero has lost it
+    quotient = multiply_add(multiply_add(-quotient, y, x), inverse, quotient)
+    quotient = multiply_add(multiply_add(-quotient, y, x), inverse, quotient)
+    return with_sign_of(quotient, x)  # a zero has lost it
 
 
 @triton.jit
-def _with_sign_of(y, x):
+def with_sign_of(y, x):
+    """The size of fp32 `y` with the sign of fp32 `x`."""
     bits = (y.to(tl.int32, bitcast=True) & 0x7FFFFFFF) | (x.to(tl.int32, bitcast=True) & (-0x7FFFFFFF - 1))
     return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _multiply_add(a, b, c):
+def multiply_add(a, b, c):
     """A * b + c, rounded once."""
     if INTERPRETED:  # whose own rounds twice; in fp64 the product is exact
         return (a.to(tl.float64) * b.to(tl.float64) + c.to(tl.float64)).to(tl.float32)
@@ -128,7 +135,7 @@ def _on_grid(x, FP8: tl.constexpr):
     binade = (bits & INFINITY_BITS).to(tl.float32, bitcast=True)
     binade = tl.where(binade < SMALLEST_NORMAL, SMALLEST_NORMAL, binade)
     shifter = binade * (1.5 * 2.0 ** (23 - MANTISSA))
-    return _with_sign_of((x + shifter) - shifter, x)
+    return with_sign_of((x + shifter) - shifter, x)
 
 
 @triton.jit

@@ -1,0 +1,66 @@
+"""A configuration fitted to the processes there are, so that a job that lost some of them goes on with the rest.
+
+torchrun starts again, after a failure, with as many processes as it can get, and from the same command line. Their
+number is a fact by then, and what a configuration says of it, for the launch it was written for, gives way.
+"""
+
+import os
+from typing import Any
+
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning_utilities.core.rank_zero import rank_zero_info
+
+_SHARDING = "ModelParallelStrategy"
+
+
+def follow_torchrun(config: Any) -> None:
+    """Sets devices, nodes and the data-parallel size to what torchrun has started, if it was torchrun.
+
+    Args:
+        config: Of a verb, before anything is made of it; changed in place.
+
+    Raises:
+        ValueError: A restart would fail.
+    """
+    if not TorchElasticEnvironment.detect():
+        return
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torch 2.15 keeps one store over all restarts, and what its process groups wrote into it.
+        raise ValueError(
+            "torchrun --max-restarts would fail at the first restart: processes would look for each other at the"
+            " addresses of those before. Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of torchrun."
+        )
+    world, devices = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    _set(config.trainer, "devices", devices)
+    _set(config.trainer, "num_nodes", world // devices)
+    strategy = config.trainer.get("strategy")
+    if getattr(strategy, "get", None) and str(strategy.get("class_path")).endswith(_SHARDING):
+        cut = strategy.init_args.get("tensor_parallel_size")
+        if isinstance(cut, int) and world % cut == 0:
+            _set(strategy.init_args, "data_parallel_size", world // cut)
+
+
+def _set(config: Any, name: str, value: int) -> None:
+    written = config.get(name)
+    config[name] = value
+    if written not in (value, "auto", None):
+        rank_zero_info(f"torchrun: {name} is {value}, where the configuration says {written}.")
+
+
+def batches_per_step(global_batch: int, batch: int, processes: int) -> int:
+    """Batches that each process accumulates, for an optimizer step of so many sequences in all.
+
+    Args:
+        global_batch: Sequences of a step.
+        batch: Sequences of a batch, of one process.
+        processes: How many there are.
+
+    Raises:
+        ValueError: They do not come out even.
+    """
+    if global_batch < 1 or global_batch % (batch * processes):
+        raise ValueError(
+            f"global_batch {global_batch} is no multiple of data.batch_size {batch} x {processes} processes:"
+            f" set data.batch_size to a divisor of {global_batch / processes:g}, or start another number of processes."
+        )
+    return global_batch // (batch * processes)

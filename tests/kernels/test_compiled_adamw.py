@@ -1,0 +1,105 @@
+"""What the step of `FP8AdamW` is compiled to, for three generations of GPUs; see `test_compiled.py`."""
+
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton has no wheels for this platform")
+
+from test_compiled import ALLOWANCE, assembly, recording
+
+from lightning_fp8.kernels.adamw import Group, Matrix
+from lightning_fp8.kernels.triton import launch_adamw
+from lightning_fp8.kernels.triton.adamw import TILE
+from lightning_fp8.numerics.moments import FP8Moments
+
+META = torch.device("meta")
+ELEMENTS = TILE // 128  # a thread's
+# At 10.2 bytes of a parameter an H200 reads and writes 4.8e12 / 10.2 of them a second, and its special-function units
+# take 132 * 16 * 1.755e9: 7.9 of a parameter. The same way 132 * 128 * 1.755e9 are 63 instructions of any kind, a fifth
+# of what there is (both ways of dividing counted): the step is bound by arithmetic.
+SPECIAL = 7.9
+INSTRUCTIONS = 300
+
+
+def launched(dtype, count, columns=4096):
+    """What a step of `count` parameters launches."""
+    moments = FP8Moments.zeros(1024, columns, 128, META)
+    tensors = [torch.empty(1024, columns, dtype=dtype, device=META) for _ in range(2)]
+    matrix = Matrix(*tensors, moments, 0, 0, (1, 2))
+    group = Group(0.9, 0.1, 0.999, 0.001, 1e-8, 1.0, None)
+    steps, numbers = torch.empty(count, dtype=torch.int32, device=META), torch.empty(count, 4, device=META)
+    (found,) = recording(
+        (launch_adamw,),
+        lambda: launch_adamw.launch([matrix] * count, steps, numbers, group, 128, torch.ones((), device=META).bool()),
+    )
+    return found
+
+
+def special_functions(ptx):
+    """Instructions of the special-function units that a thread runs.
+
+    The long way of dividing, which a tile of ordinary numbers does not take, has two quotients and a root of each
+    element. Conversions of 32-bit integers run elsewhere as I2FP, or are counted as I2F.
+    """
+    names = r"\b(?:rcp|rsqrt|sqrt|div|ex2|lg2|cvt)\.[\w.]+"
+    found = [
+        name
+        for name in re.findall(names, ptx)
+        if not re.match(r"cvt\.(\w?[su]\d+\.|rn\.satfinite|rn\.f32\.[su]32)|div\.[su]", name)
+    ]
+    return len(found) - 3 * ELEMENTS
+
+
+def check(dtype, count, capability, folder):
+    made = assembly(launched(dtype, count), capability, folder)
+    assert (made.usage["STACK"], made.usage["LOCAL"]) == ("0", "0")
+    assert not made.count(r"(LDL|STL).*"), "registers spill"
+    assert int(made.usage["REG"]) <= 170, "fewer than three programs, twelve warps, fit"
+    assert made.shared <= 48 * 1024
+    wide = re.findall(r"tt\.addptr .* : tensor<[\dx]+!tt\.ptr<\w+>>, tensor<[\dx]*(i\d+)>", made.ttir)
+    assert wide.count("i64") == 4  # weights, gradients, codes; the numbers of blocks are below 2^31
+    looked_up = re.findall(r"tt\.addptr .* : tensor<\d+x\d+x!tt\.ptr<f32>>, tensor<\d+x\d+xi32>", made.ttir)
+    assert len(looked_up) == 3  # levels of m, roots of v before and after
+    assert not re.search(r"tt\.addptr .* : tensor<\d+x\d+x!tt\.ptr<i\d+>>, tensor<\d+x\d+xi32>", made.ttir)
+    vectors = 16 * made.threads  # bytes that one instruction of all threads moves
+    held = TILE * dtype.itemsize / vectors
+    assert made.count(r"LDG\.E\.128.*") >= 2 * held + 2 * TILE / vectors
+    assert made.count(r"STG\.E\.128.*") >= held + 2 * TILE / vectors
+    assert made.ptx.count("cvt.rn.satfinite.e4m3x2.f32") == ELEMENTS / 2
+    assert set(re.findall(r"[\w.]+\.ftz[\w.]*", made.ptx)) <= {
+        "rcp.approx.ftz.f32",
+        "rsqrt.approx.ftz.f32",
+        "cvt.rmi.ftz.f32.f32",  # a floor, of what is never between -2^-126 and 0
+    }
+    # Multiplications and additions are rounded one by one, but where a fused one is meant: whole numbers, remainders.
+    assert made.ptx.count("fma.rn.f32") <= 18 * ELEMENTS
+    special = special_functions(made.ptx) + made.count(r"I2F(\..*)?")
+    assert 4 * ELEMENTS <= special <= SPECIAL * ELEMENTS
+    assert sum(made.counts.values()) <= INSTRUCTIONS * ELEMENTS
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_many_on_hopper(dtype, tmp_path):
+    check(dtype, 300, 90, tmp_path)
+
+
+def test_one_on_hopper(tmp_path):
+    check(torch.bfloat16, 1, 90, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "capability",
+    [pytest.param(89, marks=pytest.mark.skipif(ALLOWANCE > 1, reason="Triton 3.6 converts in software there")), 100],
+)
+def test_ada_and_blackwell(capability, tmp_path):
+    check(torch.bfloat16, 300, capability, tmp_path)
+
+
+def test_rows_that_do_not_begin_on_16_bytes_are_stepped_all_the_same(tmp_path):
+    found = launched(torch.bfloat16, 2, columns=4095)
+    assert found.arguments["ALIGNMENT"] == 1
+    made = assembly(found, 90, tmp_path)
+    assert not made.count(r"(LDL|STL).*")
+    assert not made.count(r"STG\.E\.128.*")
