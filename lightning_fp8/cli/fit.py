@@ -10,15 +10,14 @@ import sys
 import warnings
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import IO, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import FSDPStrategy
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only
 
 from lightning_fp8.callbacks import PeerWatch, RunLog, StartReport
 from lightning_fp8.callbacks.events import SpareEvents
@@ -28,14 +27,13 @@ from lightning_fp8.checkpoint.io import CheckedCheckpointIO
 from lightning_fp8.cli.launch import batches_per_step, follow_torchrun
 from lightning_fp8.cli.mistakes import wrong_file
 from lightning_fp8.cli.parsers import FitParser, reason, refuse
+from lightning_fp8.cli.run_folder import StartRun
 from lightning_fp8.cli.trust import load_tensors_only, restrict_class_paths
 from lightning_fp8.data import TokenDataModule
 from lightning_fp8.distributed.peers import LostPeerError, loss_said_of
-from lightning_fp8.files import hold
 from lightning_fp8.models import DecoderLM
 from lightning_fp8.precision import FP8Precision
 
-LOCK_NAME = ".lock"
 CLI = TypeVar("CLI", bound=LightningCLI)
 
 # Said of Lightning's and litdata's own code, or of a choice that is right here: nothing that a user can act on.
@@ -87,63 +85,6 @@ def start(cli: type[CLI], argv: list[str], **options: Any) -> CLI:
         if lost is None:
             raise
         raise LostPeerError(lost) from error
-
-
-class StartRun(SaveConfigCallback):
-    """Gives a training run its folder, with the configuration in it.
-
-    It acts when the data has been checked and before any logger writes. Evaluations leave the folder alone: they must
-    not replace the configuration that trained. Only one run at a time has the folder.
-    """
-
-    _lock: IO[str] | None = None
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Moves an earlier run out of the way, unless it is being resumed, and writes `config.yaml`."""
-        if stage != "fit":
-            return
-        folder = Path(trainer.default_root_dir)
-        if trainer.is_global_zero and not cast(Any, trainer).fast_dev_run:
-            busy = f"Another run writes to {folder}: wait for it, or give another --trainer.default_root_dir."
-            if (folder / LOCK_NAME).exists():
-                hold(folder / LOCK_NAME, busy).close()
-            if not self.config.get("ckpt_path"):
-                _move_earlier_run(folder)
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = hold(folder / LOCK_NAME, busy)
-        super().setup(trainer, pl_module, stage)
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Asks for a state to go on from.
-
-        Raises:
-            ValueError: There are weights alone.
-        """
-        if trainer.state.fn == TrainerFn.FITTING and "optimizer_states" not in checkpoint:
-            raise ValueError(
-                f"{trainer.ckpt_path} has no optimizer state, so training cannot go on from it: begin a run with its"
-                f" weights instead, --model.initial_weights {trainer.ckpt_path}."
-            )
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Asks whether the state that was loaded is one of this optimizer.
-
-        Raises:
-            ValueError: It lacks an option that this one needs at each step.
-        """
-        for optimizer in trainer.optimizers if trainer.ckpt_path else ():
-            missing = {name for group in optimizer.param_groups for name in set(optimizer.defaults) - set(group)}
-            if missing:
-                raise ValueError(
-                    f"{trainer.ckpt_path} is of another optimizer than {type(optimizer).__name__}: it has no"
-                    f" {', '.join(sorted(missing)[:3])}. Resume with the --model.optimizer that it was trained with."
-                )
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Lets others have the folder."""
-        if self._lock:
-            self._lock.close()
-            self._lock = None
 
 
 class FP8CLI(LightningCLI):
@@ -312,14 +253,3 @@ def _check_no_other_end(trainer_config: Any) -> None:
                 f"max_tokens and trainer.{name}={trainer_config[name]} exclude each other: leave one out, "
                 f"or set trainer.{name} to -1."
             )
-
-
-def _move_earlier_run(folder: Path) -> None:
-    """Keeps what an earlier run left in `folder` as `folder.1`, `folder.2`, …: nothing is lost or mixed."""
-    if not (folder / "metrics.csv").exists() and not (folder / "checkpoints").exists():
-        return
-    number = 1
-    while (target := folder.with_name(f"{folder.name}.{number}")).exists():
-        number += 1
-    os.replace(folder, target)
-    rank_zero_info(f"{folder} held an earlier run; it is now {target}. Use --ckpt_path last to resume a run.")

@@ -176,7 +176,9 @@ LATE = replace(TASK, lr=1e-4)  # as late in a schedule, where updates are small
 IN_BF16 = replace(LATE, recipe="tensorwise", weights="bf16", sample_every=10)
 RARE = replace(TASK, source=rare_words, lr=3e-3)
 RARE_FP8 = replace(RARE, recipe="tensorwise")
-# Wider decoders differ by 5 % from seed to seed at this rate, with QK-norm too.
+# Wider decoders differ by 5 % from seed to seed at this rate, with QK-norm too. Of three schedules tried with the cure
+# a cosine over 150 steps left one seed outside its margin, and the other two were inside: the break is sure, the cure
+# is shown only just.
 NARROW = replace(SMALL, hidden_size=32, intermediate_size=64)
 HIGH = replace(TASK, source=copies, config=NARROW, lr=0.3, end=1.0)
 SPIKED = replace(FP8, faults=(partial(Poison, 70),))

@@ -2,9 +2,9 @@
 
 A layer's figures are of all its parameters together, under its name and the role "update"; they are there where groups
 have `track_health`. What is merged, over the parameters of a layer and over ranks, are sums that are weighted by
-elements, and maxima: so of sharded weights as well the root mean square and the share of moments are those of the whole
-layer, and the share of stalled updates is nearly so (its own weight is the number of weights to move, which is that of
-all but for those whose update is exactly zero).
+elements, and maxima: so of sharded weights as well the root mean square is that of the whole layer. The two shares
+are nearly so: of stalled updates the weight would be the number of weights to move, and of moments that of positive v,
+which are all elements but for those whose update, or whose v, is exactly zero.
 """
 
 from collections.abc import Iterator, Sequence
