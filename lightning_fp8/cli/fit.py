@@ -5,7 +5,6 @@ run folder, `trainer.default_root_dir`, that holds everything a run leaves behin
 steps follow; errors of one line.
 """
 
-import os
 import sys
 import warnings
 from decimal import Decimal, InvalidOperation
