@@ -1,25 +1,24 @@
 """The page `command-line.md`, written from the parsers themselves each time the pages are built.
 
-A hook of MkDocs: `on_files` adds the page. jsonargparse hands over the parser that a verb makes before it parses, so
+A hook of MkDocs: `on_files` adds the page. It asks each verb for the parser that it makes, so
 an option cannot be missing here, or be described otherwise than by `--help`. `plan` and `estimate` take what `fit`
 takes and show what they add; so do `validate`, `test` and `predict`.
 """
 
 import argparse
-import importlib
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from jsonargparse import capture_parser
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from lightning_fp8.cli.main import VERBS, main
+from lightning_fp8.cli.completion import parser_of
+from lightning_fp8.cli.main import VERBS
 
 PAGE = "command-line.md"
 LIKE_FIT = ("validate", "test", "predict", "plan", "estimate")
-NO_OPTIONS = ("doctor",)
+NO_OPTIONS = ("completion", "doctor")
 
 # How jsonargparse ends the help of an option.
 _ENDING = re.compile(
@@ -58,19 +57,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def page() -> str:
     """The page's Markdown."""
-    parsers = {verb: parser_of(verb) for verb in VERBS if verb not in NO_OPTIONS}
+    parsers = {verb: parser_of(verb, module) for verb, (module, _) in VERBS.items() if verb not in NO_OPTIONS}
     shared = {option.name for _, options in groups(parsers["fit"]) for option in options}
     return "\n".join([INTRODUCTION, *(section for verb in VERBS for section in _verb(verb, parsers.get(verb), shared))])
-
-
-def parser_of(verb: str) -> argparse.ArgumentParser:
-    """What parses the options of `verb`."""
-    module = importlib.import_module(VERBS[verb][0])
-    if hasattr(module, "options"):  # plain argparse, which cannot be captured
-        return module.options()
-    parser = capture_parser(main, [verb])
-    verbs = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
-    return verbs[0][verb] if verbs else parser
 
 
 def groups(parser: argparse.ArgumentParser) -> Iterator[tuple[str, list[Option]]]:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def own_environment() -> Iterator[None]:
+    """`fit` has its whole process load tensors only; here a process runs other tests after it."""
+    yield
+    os.environ.pop("TORCH_FORCE_WEIGHTS_ONLY_LOAD", None)
 
 
 @pytest.fixture(autouse=True)

@@ -70,7 +70,9 @@ def check_trainer(folder, data, recipe, **options):
     assert expected["global_step"] == 2 * N
     moments = expected["own"][1]["state"]
     assert len(moments) == len(list(expected["state_dict"]))
-    assert all(value.any() for state in moments.values() for value in state.values() if value.ndim == 2)
+    no_gap = ("v_split", "v_gap")  # nothing to leave out of the second moments of so even a gradient
+    values = [v for state in moments.values() for name, v in state.items() if v.ndim == 2 and name not in no_gap]
+    assert all(value.any() for value in values)
     state = expected["FP8Precision"]
     assert state["steps"] == 2 * N
     if recipe == "delayed":

@@ -7,11 +7,13 @@ Printed once and loaded by the shell, since asking the command at every press of
 Verbs, then the options of the verb, then files. In zsh `autoload -U bashcompinit && bashcompinit` comes first.
 """
 
+import argparse
 import importlib
 import sys
 from collections.abc import Mapping
+from typing import cast
 
-from jsonargparse import ArgumentParser, capture_parser
+from jsonargparse import capture_parser
 
 _WITHOUT_OPTIONS = ("doctor", "completion")
 _SCRIPT = """\
@@ -60,17 +62,27 @@ def script(options: Mapping[str, list[str]]) -> str:
 
 def options_of(verb: str, module: str) -> list[str]:
     """The options that a verb's own parser has."""
+    names = {name for action in parser_of(verb, module)._actions for name in action.option_strings}
+    return sorted(name for name in names if name.startswith("--"))
+
+
+def parser_of(verb: str, module: str) -> argparse.ArgumentParser:
+    """What parses the options of a verb.
+
+    Args:
+        verb: Its name.
+        module: Where it is: its `options` makes the parser, or its `run` has jsonargparse make one.
+    """
+    home = importlib.import_module(module)
+    if hasattr(home, "options"):
+        made: argparse.ArgumentParser = home.options()
+        return made
     before = sys.argv
     try:
-        parser = capture_parser(lambda: importlib.import_module(module).run([verb]))
+        parser: argparse.ArgumentParser = capture_parser(lambda: home.run([verb]))
     finally:
         sys.argv = before  # LightningCLI reads it, so verbs set it
-    return sorted(name for name in _names(parser, verb) if name.startswith("--"))
-
-
-def _names(parser: ArgumentParser, verb: str) -> set[str]:
-    names = {name for action in parser._actions for name in action.option_strings}
     for action in parser._actions:
         if isinstance(action.choices, dict) and verb in action.choices:  # LightningCLI's verbs are subcommands
-            names |= _names(action.choices[verb], verb)
-    return names
+            return cast(argparse.ArgumentParser, action.choices[verb])
+    return parser

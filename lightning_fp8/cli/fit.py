@@ -64,7 +64,7 @@ def start(cli: type[CLI], argv: list[str], **options: Any) -> CLI:
     if complaint := wrong_file(argv):
         refuse(complaint)
     # LightningCLI advises against its `args` parameter for command lines. Lightning starts more processes by argv[0].
-    sys.argv = [sys.argv[0], *argv[1:]]
+    sys.argv = [*(sys.argv[:1] or argv[:1]), *argv[1:]]
     defaults: dict[str, Any] = {
         "seed_everything_default": 0,
         "auto_configure_optimizers": False,

@@ -60,7 +60,7 @@ def test_what_is_written_in_the_background_is_the_state_of_its_step(prepared, tm
     options = {"callbacks": [Release(io, folder), LastCheckpoint(EVERY)], "plugins": [AsyncCheckpointIO(io)]}
     fit(behind, prepared, plugin=plugin(), steps=STEPS, **options, **OPTIONS)
     assert io.written == [2, 4, 6]
-    assert sorted(path.name for path in folder.iterdir()) == ["first.ckpt", "last.ckpt"]
+    assert sorted(path.name for path in folder.iterdir()) == ["first.ckpt", "last.ckpt", "last.ckpt.previous"]
     for name in ("first.ckpt", "last.ckpt"):
         expected, found = (torch.load(run / "checkpoints" / name, weights_only=True) for run in (at_once, behind))
         for state in (expected, found):

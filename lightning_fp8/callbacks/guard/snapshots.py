@@ -65,7 +65,7 @@ class Snapshots:
         name = self._names[0]
         if self._folder is None:
             return copied(self._held[name])
-        return torch.load(self._file(name), map_location="cpu", weights_only=False)
+        return torch.load(self._file(name), map_location="cpu", weights_only=True)
 
     def pin(self) -> list[str]:
         """The names of the snapshots, for a checkpoint; they stay until the next call."""

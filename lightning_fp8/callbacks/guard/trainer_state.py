@@ -39,8 +39,16 @@ def take(trainer: Trainer, pl_module: LightningModule, besides: Callback) -> dic
         "precision": trainer.precision_plugin.state_dict(),
         "loops": cast(Any, trainer.fit_loop).state_dict(),
         "callbacks": {i: c.state_dict() for i, c in _stateful(trainer, besides)},
-        "random": _collect_rng_states(include_cuda=True),
+        "random": _random_states(),
     }
+
+
+def _random_states() -> dict[str, Any]:
+    """Of torch, Python and NumPy; NumPy's array as a list, so that a file of it loads as tensors and plain values."""
+    states = _collect_rng_states(include_cuda=True)
+    if "numpy" in states:
+        states["numpy"] = tuple(part.tolist() if hasattr(part, "tolist") else part for part in states["numpy"])
+    return states
 
 
 @torch.no_grad()
