@@ -183,8 +183,10 @@ def test_no_codes_are_spent_on_an_empty_interval(gap, random):
     assert torch.equal(left_out.squeeze(1).double(), expected)
     spanned = (v.double().amax(1) / v.double().amin(1)).log2() - 2 * expected
     assert ((per_octave(density).squeeze(1) * spanned.clamp_max(42.0)) <= INTERVALS + 1e-3).all()
+    assert ((per_octave(density + 1).squeeze(1) * spanned.clamp_max(42.0)) > INTERVALS - 1e-3).all()  # no code is idle
     if expected.all():
         assert (codes[:, 1::2] >= split).all()
+        assert random.any() or torch.equal(codes[:, 1::2].amin(1, keepdim=True), split)  # all are rounded down
         assert (codes[:, ::2] < split).all()
     within = v.double() >= hi.double() * (-(42 + 2 * expected.unsqueeze(1))).exp2()
     error = (decode_v(*stored).double() / v.double()).log2().abs() * per_octave(density)
