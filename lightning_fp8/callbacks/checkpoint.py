@@ -110,12 +110,15 @@ class LastCheckpoint(ModelCheckpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Saves if the run is asked to end between two steps."""
         super().on_exception(trainer, pl_module, exception)
-        if not isinstance(exception, SIGTERMException) or self._should_skip_saving_checkpoint(trainer):
+        if not isinstance(exception, SIGTERMException):
             return
-        if trainer.fit_loop._should_accumulate():
-            rank_zero_info("SIGTERM amid accumulated gradients: the last checkpoint stays as it is.")
-            return
-        super()._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        if self._last_global_step_saved != trainer.global_step or not trainer.global_step:
+            if self._should_skip_saving_checkpoint(trainer):
+                return
+            if trainer.fit_loop._should_accumulate():
+                rank_zero_info("SIGTERM amid accumulated gradients: the last checkpoint stays as it is.")
+                return
+            super()._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
         rank_zero_info(f"SIGTERM: saved step {trainer.global_step}; go on with --ckpt_path last.")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

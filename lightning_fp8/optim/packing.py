@@ -178,7 +178,7 @@ def _column(values: list[Any], like: Tensor) -> Tensor:
     """One number for all parameters, or a tensor of one element for each, as fp32 [P, 1] on the device of `like`."""
     if isinstance(values[0], Tensor):
         return torch.stack([value.reshape(1).float() for value in values]).to(like.device, non_blocking=True)
-    return torch.full((len(values), 1), float(values[0]), device=like.device)
+    return torch.full((len(values), 1), float(values[0]), dtype=torch.float32, device=like.device)
 
 
 def step_rows(

@@ -17,7 +17,7 @@ def printed() -> str:
 @pytest.mark.parametrize(
     ("words", "wanted"),
     [
-        (["p"], {"predict", "prepare", "plan"}),
+        (["p"], {"parity", "predict", "prepare", "plan"}),
         (["fit", "--fp8.rec"], {"--fp8.recipe", "--fp8.recipe.help"}),
         (["fit", "--max_t"], {"--max_tokens"}),
         (["prepare", "--val"], {"--val_fraction"}),
