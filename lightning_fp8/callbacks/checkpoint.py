@@ -98,14 +98,24 @@ class LastCheckpoint(ModelCheckpoint):
             )
 
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
-        """Where `ckpt_path="last"` looks."""
+        """Where `ckpt_path="last"` looks: in each process, for they cannot speak to each other yet.
+
+        So with several processes a damaged checkpoint ends the job: they might not agree to take the one before.
+
+        Raises:
+            ValueError: It is damaged, and so is the one before, or there are several processes.
+        """
         folder = str(self.dirpath or os.path.join(trainer.default_root_dir, "checkpoints"))
         path = os.path.join(folder, f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
-        if trainer.is_global_zero:
-            recover(path)
-        found = newest_whole(path) if trainer.is_global_zero else None
-        found = trainer.strategy.broadcast(found)
-        return {found} if found else set()
+        recover(path)
+        if trainer.world_size == 1:
+            found = newest_whole(path)
+            return {found} if found else set()
+        if not os.path.exists(path):
+            return set()
+        if trainer.is_global_zero:  # one reads it all
+            check_checkpoint(path)
+        return {path}
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Saves if the run is asked to end between two steps."""

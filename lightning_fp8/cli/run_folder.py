@@ -44,7 +44,8 @@ class StartRun(SaveConfigCallback):
         Raises:
             ValueError: There are weights alone.
         """
-        if trainer.state.fn == TrainerFn.FITTING and "optimizer_states" not in checkpoint:
+        sharded = Path(str(trainer.ckpt_path)).is_dir()  # the strategy reads the optimizer's state from it by itself
+        if trainer.state.fn == TrainerFn.FITTING and "optimizer_states" not in checkpoint and not sharded:
             raise ValueError(
                 f"{trainer.ckpt_path} has no optimizer state, so training cannot go on from it: begin a run with its"
                 f" weights instead, --model.initial_weights {trainer.ckpt_path}."
