@@ -30,12 +30,16 @@ class Recorded:
         self.error: OSError | None = None
 
     def write(self, content: Any) -> int:
-        """Writes bytes."""
+        """Writes all of the bytes; a call to the system takes 2 GiB at most, and less on a disk that is nearly full."""
+        left = memoryview(content).cast("B")
+        size = len(left)
         try:
-            return self._file.write(content)
+            while left:
+                left = left[self._file.write(left) :]
         except OSError as error:
             self.error = self.error or error
             raise
+        return size
 
     def flush(self) -> None:
         """Hands on what is buffered."""
@@ -67,6 +71,11 @@ def write_whole(path: Path, write: Callable[[Recorded], object]) -> None:
         unfinished.unlink(missing_ok=True)
         raise
     flush_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Likewise, of text in UTF-8."""
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def flush_folder(folder: Path) -> None:

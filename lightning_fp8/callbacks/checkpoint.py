@@ -30,11 +30,12 @@ class LastCheckpoint(ModelCheckpoint):
 
     Lightning's ModelCheckpoint, asked for the last state every n steps, leaves out the steps after the last multiple
     of n; the final weights of a run are what most people want from it. `--ckpt_path last` resumes from it, or, with a
-    warning, from the one before if it is damaged.
+    warning, from the one before if it is damaged. A disk without room costs a save and a warning, and ends the run only
+    if it is the last save. Both need a process that is alone: several would have to agree, so there a damaged
+    checkpoint or a full disk ends the job with a line that names it, and leaves the checkpoint before.
 
-    A disk without room costs a save and a warning, and ends the run only if it is the last save. SIGTERM, by which
-    clusters announce that they take a machine back, has the run save after the batch and end with exit code 0; amid
-    accumulated gradients, which no checkpoint holds, it leaves the checkpoint of an earlier step.
+    SIGTERM, by which clusters announce that they take a machine back, has the run save after the batch and end with
+    exit code 0; amid accumulated gradients, which no checkpoint holds, it leaves the checkpoint of an earlier step.
 
     With Lightning's `AsyncCheckpointIO` as a plugin of the Trainer, a copy of the state is written behind the
     training; sharded checkpoints are written at once all the same.

@@ -7,7 +7,6 @@ are in the record alone.
 """
 
 import json
-import os
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,6 +27,7 @@ from lightning_fp8.compute.linear import FP8Linear
 from lightning_fp8.compute.transformer_engine.layers import ConvertedLinear
 from lightning_fp8.compute.transformer_engine.record import BACKEND as TRANSFORMER_ENGINE
 from lightning_fp8.data import TokenDataModule
+from lightning_fp8.files import write_text
 from lightning_fp8.models.accounting import FlopCounter
 from lightning_fp8.optim.ledger import Ledger, measure_ledger
 
@@ -96,7 +96,7 @@ class RunReport(Callback):
         folder = Path(trainer.default_root_dir)
         summary = self._summary(trainer, pl_module, self._ledger)
         folder.mkdir(parents=True, exist_ok=True)
-        _write_json(folder / "summary.json", summary)
+        write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         for logger in trainer.loggers:
             if isinstance(logger, RunLog):
                 plot_loss(logger.rows(), folder / "loss.png")
@@ -169,10 +169,3 @@ def _copy_tokenizer(trainer: Trainer) -> None:
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(data.tokenizer_path, folder / "tokenizer.json")
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes `content` so that a reader sees the old file or the new one, never half of one."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)

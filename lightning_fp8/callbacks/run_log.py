@@ -8,7 +8,6 @@ were written after the checkpoint, by a run that died.
 
 import csv
 import io
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from lightning.pytorch.loggers import Logger
 from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
-from lightning_fp8.files import NO_SPACE
+from lightning_fp8.files import NO_SPACE, write_text
 
 
 class RunLog(Logger):
@@ -104,10 +103,8 @@ class RunLog(Logger):
             return list(csv.DictReader(line for line in file if line.endswith("\n")))
 
     def _write(self, rows: list[dict[str, str]]) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.file.with_suffix(".tmp")
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self._columns)
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(temporary, self.file)
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, self._columns)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(self.file, table.getvalue())

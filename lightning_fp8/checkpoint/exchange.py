@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal, cast
 
 import torch
 import yaml
@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_fp8.checkpoint.families import config_to_hf, weight_to_hf
 from lightning_fp8.checkpoint.weights import SCALE, Weights, open_hf, open_ours, write_shards
 from lightning_fp8.data.tokenizer import ENDS_OF_TEXT
+from lightning_fp8.files import write_whole
 from lightning_fp8.numerics.formats import E4M3
 from lightning_fp8.numerics.quantize import quantize
 
@@ -72,10 +73,8 @@ def import_checkpoint(source: str, output: str) -> None:
     if weights.config.tied_embeddings:
         state["decoder.lm_head.weight"] = state["decoder.embedding.weight"]
     path = folder / "checkpoints" / "last.ckpt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    torch.save({"decoder_config": asdict(weights.config), "state_dict": state, **_lightning_fields()}, temporary)
-    temporary.replace(path)
+    checkpoint = {"decoder_config": asdict(weights.config), "state_dict": state, **_lightning_fields()}
+    write_whole(path, lambda file: torch.save(checkpoint, cast(IO[bytes], file)))
     _copy_along(Path(source) if Path(source).is_dir() else Path(source).parent, folder)
     overlay = {"model": {"config": asdict(weights.config), "initial_weights": str(path)}}
     (folder / "model.yaml").write_text(yaml.safe_dump(overlay, sort_keys=False))

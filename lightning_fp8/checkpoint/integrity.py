@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from lightning_fp8.files import write_whole
+from lightning_fp8.files import write_text
 
 _BLOCK = 1 << 22
 _METADATA = ".metadata"
@@ -116,7 +116,7 @@ def add_checksums(folder: Path, rank: int, world_size: int) -> None:
     """
     files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith(_SUMS))
     sums = {file.name: _crc(file) for file in files[rank::world_size]}
-    write_whole(folder / f"{_SUMS}.{rank}.json", lambda file: file.write(json.dumps(sums).encode()))
+    write_text(folder / f"{_SUMS}.{rank}.json", json.dumps(sums))
 
 
 def _crc(path: Path) -> int:

@@ -6,10 +6,11 @@ preparation knows that it has nothing to do and a resumed run knows that it stil
 """
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from lightning_fp8.files import write_text
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
@@ -128,9 +129,4 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         path: The file.
         content: What goes into it.
     """
-    unfinished = path.with_name(path.name + ".unfinished")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -50,7 +50,7 @@ from lightning_fp8.data.sources import (
 )
 from lightning_fp8.data.spool import flat_file, spool
 from lightning_fp8.data.tokenizer import end_of_text, load_tokenizer, token_bytes, train_tokenizer
-from lightning_fp8.files import hold
+from lightning_fp8.files import hold, write_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -203,9 +203,7 @@ def _choose_tokenizer(work: Path, given: "Tokenizer | None", train: Callable[[],
     """The tokenizer of the unfinished work, so that a kill does not cost its training; else the given or a new one."""
     path = work / TOKENIZER_NAME
     if not path.exists():
-        unfinished = work / f"{TOKENIZER_NAME}.unfinished"
-        (given or train()).save(str(unfinished))
-        os.replace(unfinished, path)
+        write_text(path, (given or train()).to_str(pretty=True))
     return load_tokenizer(path)
 
 

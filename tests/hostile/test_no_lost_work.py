@@ -101,8 +101,9 @@ def test_a_save_without_room_costs_no_checkpoint_and_not_the_run(world, monkeypa
     write, saves = files.Recorded.write, []
 
     def full_at_the_fourth(self, block):
-        saves.extend([] if self in saves else [self])
-        if len(saves) != 4 or (self.error is None and self._file.tell() == 0):
+        if ".ckpt" in str(self._file.name) and self not in saves:
+            saves.append(self)
+        if self not in saves[3:4] or (self.error is None and self._file.tell() == 0):
             return write(self, block)
         self.error = OSError(errno.ENOSPC, "No space left on device", self._file.name)
         raise self.error

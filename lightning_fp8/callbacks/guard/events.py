@@ -6,11 +6,12 @@ the checkpoint, and so loses what a run that died had added after it. The resume
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from lightning_fp8.files import write_text
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,7 @@ class EventLog:
         """Writes the events so far to `file`, in place of what is there, and each later one as it comes."""
         self._file = file
         if self.events or file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = file.with_suffix(".unfinished")
-            unfinished.write_text("".join(map(_line, self.events)))
-            os.replace(unfinished, file)
+            write_text(file, "".join(map(_line, self.events)))
 
     def add(self, event: Event) -> None:
         """Appends an event."""

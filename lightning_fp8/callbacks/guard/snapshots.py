@@ -8,10 +8,12 @@ Snapshots in memory die with the run; after a resume the first step makes a new 
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
+
+from lightning_fp8.files import write_whole
 
 KEPT = 2
 
@@ -51,10 +53,7 @@ class Snapshots:
         if self._folder is None:
             self._held[name] = state
         else:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            unfinished = self._file(name).with_suffix(".unfinished")
-            torch.save(state, unfinished)
-            unfinished.replace(self._file(name))
+            write_whole(self._file(name), lambda file: torch.save(state, cast(IO[bytes], file)))
         self._names = [*self._names, name][-KEPT:]
         self._clean()
 

@@ -6,11 +6,12 @@ at step n the rows of later steps are dropped: they were written after the check
 """
 
 import csv
-import os
+import io
 from collections.abc import Iterable
 from pathlib import Path
 
 from lightning_fp8.callbacks.readings import Reading
+from lightning_fp8.files import write_text
 
 NAME = "fp8.csv"
 METRICS = (
@@ -65,11 +66,9 @@ def _rows(reading: Reading) -> Iterable[list[str]]:
 
 
 def _write(path: Path, readings: Iterable[Reading]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(_COLUMNS)
-        for reading in readings:
-            writer.writerows(_rows(reading))
-    os.replace(temporary, path)
+    table = io.StringIO(newline="")
+    writer = csv.writer(table)
+    writer.writerow(_COLUMNS)
+    for reading in readings:
+        writer.writerows(_rows(reading))
+    write_text(path, table.getvalue())
