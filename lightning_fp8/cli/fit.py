@@ -23,7 +23,7 @@ from lightning_fp8.callbacks.events import SpareEvents
 from lightning_fp8.callbacks.start import tokens_per_step
 from lightning_fp8.checkpoint.integrity import check_checkpoint
 from lightning_fp8.checkpoint.io import CheckedCheckpointIO
-from lightning_fp8.cli.launch import batches_per_step, follow_torchrun
+from lightning_fp8.cli.launch import batches_per_step, check_processes, follow_torchrun
 from lightning_fp8.cli.mistakes import wrong_file
 from lightning_fp8.cli.parsers import FitParser, reason, refuse
 from lightning_fp8.cli.run_folder import StartRun
@@ -33,6 +33,7 @@ from lightning_fp8.distributed.peers import LostPeerError, loss_said_of
 from lightning_fp8.models import DecoderLM
 from lightning_fp8.precision import FP8Precision
 
+MOST_TOKENS = 10**18  # of which there are not so many; beyond, numbers of steps are no integers of 64 bits
 CLI = TypeVar("CLI", bound=LightningCLI)
 
 # Said of Lightning's and litdata's own code, or of a choice that is right here: nothing that a user can act on.
@@ -232,17 +233,20 @@ def parse_tokens(text: str) -> int:
         tokens = round(Decimal(digits) * unit)
     except (InvalidOperation, ValueError, OverflowError):
         tokens = 0
-    if tokens < 1:
-        raise ValueError(f"max_tokens {text!r} is not a number of tokens: write it as 300M, 1.5B or 2000000.")
+    if not 1 <= tokens <= MOST_TOKENS:
+        raise ValueError(f"max_tokens {text!r} is no number of tokens to train on: write it as 300M, 1.5B or 2000000.")
     return tokens
 
 
 def _check_numbers(trainer_config: Any) -> None:
     """What the Trainer takes without a word."""
-    for name, least in {"gradient_clip_val": 0, "accumulate_grad_batches": 1}.items():
+    for name, least in {"gradient_clip_val": 0, "accumulate_grad_batches": 1, "log_every_n_steps": 0}.items():
         value = trainer_config.get(name)
         if value is not None and value < least:
             raise ValueError(f"trainer.{name} is {value}; it must be {least} or more.")
+    if trainer_config.get("val_check_interval") == 0:
+        raise ValueError("trainer.val_check_interval is 0: for no validation set trainer.limit_val_batches to 0.")
+    check_processes(trainer_config.get("accelerator"), trainer_config.get("devices"))
 
 
 def _check_no_other_end(trainer_config: Any) -> None:

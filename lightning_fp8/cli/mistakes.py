@@ -26,6 +26,9 @@ _NO_CLASS = re.compile(r"No module named '[^']+'|Import path [\w.]+ does not cor
 _DENIED = re.compile(r"Importing '([\w.]+)' is not allowed")
 
 
+_OF_A_CLASS = ("class_path", "init_args", "dict_kwargs")
+
+
 class Place(NamedTuple):
     """Where an option was given.
 
@@ -58,6 +61,30 @@ def wrong_file(argv: Sequence[str]) -> str | None:
         if not isinstance(content, dict):
             return f"{file} holds no mapping of options: write lines such as `trainer: ...`."
     return None
+
+
+def unknown_empty(parser: ArgumentParser, argv: Sequence[str]) -> str | None:
+    """What is wrong with a key that there is not and whose value is `{}`, of which jsonargparse makes nothing."""
+    options = set(_options(parser))
+    for file in config_files(argv):
+        for key, class_path, value in _keys(yaml.safe_load(Path(file).read_text(encoding="utf-8")), "", None):
+            if value == {} and not _is_known(key, class_path, options):
+                return _on_unknown(key.rpartition(".")[2] if class_path else key, parser, argv)
+    return None
+
+
+def _is_known(key: str, class_path: str | None, options: set[str]) -> bool:
+    """Whether there is an option of this name, or one that may hold it; what it holds, a class or a type says."""
+    if class_path:
+        return key.rpartition(".")[2] in (*(known := _parameters(class_path)), *_OF_A_CLASS) or not known
+    above = [key[:at] for at, letter in enumerate(key) if letter == "."]
+    if any(one in options and not _has_parts(one, options) for one in above):
+        return True
+    return key in options or _has_parts(key, options)
+
+
+def _has_parts(name: str, options: set[str]) -> bool:
+    return any(option.startswith(f"{name}.") and option != f"{name}.help" for option in options)
 
 
 def config_files(argv: Sequence[str]) -> Iterator[str]:
@@ -135,16 +162,16 @@ def places(name: str, argv: Sequence[str]) -> Iterator[Place]:
             content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError):
             continue
-        for key, class_path in _keys(content, "", None):
+        for key, class_path, _ in _keys(content, "", None):
             if key == name or key.endswith(f".{name}"):
                 yield Place(f"{file}: {key}", class_path)
 
 
-def _keys(content: Any, above: str, class_path: str | None) -> Iterator[tuple[str, str | None]]:
-    """All keys, dotted, with the class whose arguments they are."""
+def _keys(content: Any, above: str, class_path: str | None) -> Iterator[tuple[str, str | None, Any]]:
+    """All keys, dotted, with the class whose arguments they are, and their values."""
     items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
     for key, value in items:
-        yield f"{above}{key}", class_path
+        yield f"{above}{key}", class_path, value
         inner = content.get("class_path") if key == "init_args" else None
         yield from _keys(value, f"{above}{key}.", inner)
 

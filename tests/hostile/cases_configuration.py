@@ -27,6 +27,18 @@ def optimizer(*options):
 
 CASES = [
     # A key that there is not, at every level, in a file or on the command line.
+    Case("empty group", fit(), 2, ("trainr", "config.yaml: trainr", "'trainer'"), in_yaml("", trainr={})),
+    Case("empty trainer key", fit(), 2, ("max_stepz", "'trainer.max_steps'"), in_yaml("trainer", max_stepz={})),
+    Case("empty model key", fit(), 2, ("model.confg", "'model.config'"), in_yaml("model", confg={})),
+    Case("empty config key", fit(), 2, ("hiden_size", ".hidden_size'"), in_yaml("model.config", hiden_size={})),
+    Case("empty fp8 key", fit(), 2, ("fp8.recip ", "'fp8.recipe'"), in_yaml("fp8", recip={})),
+    Case(
+        "empty argument",
+        fit(),
+        2,
+        ("every_n_step ", "config.yaml: trainer.callbacks.0", "'every_n_steps'"),
+        callback("lightning_fp8.callbacks.LastCheckpoint", every_n_step={}),
+    ),
     Case("group", fit(), 2, ("trainr.a", "config.yaml: trainr.a", "'trainer'"), in_yaml("", trainr={"a": 1})),
     Case(
         "trainer key", fit(), 2, ("max_stepz", "config.yaml:", "'trainer.max_steps'"), in_yaml("trainer", max_stepz=1)
@@ -125,6 +137,15 @@ CASES = [
     Case(
         "accumulation 0", fit("--trainer.accumulate_grad_batches=0"), 1, ("accumulate_grad_batches is 0", "1 or more")
     ),
+    Case("processes", fit("--trainer.devices=99999"), 1, ("trainer.devices is 99999", "cores", "or less")),
+    Case("logging below 0", fit("--trainer.log_every_n_steps=-1"), 1, ("log_every_n_steps is -1", "0 or more")),
+    Case("validation every 0", fit("--trainer.val_check_interval=0"), 1, ("val_check_interval is 0", "limit_val")),
+    Case("tokens without end", fit("--trainer.max_steps=-1", "--max_tokens=1e400"), 1, ("max_tokens '1e400'", "300M")),
+    Case("global batch", fit(f"--global_batch={10**22}"), 1, ("global_batch is 1000", "from 1 to")),
+    Case("block", optimizer(f"--model.optimizer.block_size={10**20}"), 1, ("block_size is 1000", "from 1 to")),
+    Case("lr without end", optimizer("--model.optimizer.lr=1e400"), 1, ("lr is inf", "finite")),
+    Case("rope 0", fit("--model.config.rope_theta=0"), 1, ("rope_theta is 0", "above 0")),
+    Case("eps of the norms", fit("--model.config.norm_eps=-1"), 1, ("norm_eps is -1", "above 0")),
     Case("steps below 0", fit("--trainer.max_steps=-5"), 1, ("max_steps", "-5", "non-negative")),
     Case(
         "warmup",
