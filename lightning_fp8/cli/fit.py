@@ -5,6 +5,7 @@ run folder, `trainer.default_root_dir`, that holds everything a run leaves behin
 steps follow; errors of one line.
 """
 
+import os
 import sys
 import warnings
 from decimal import Decimal, InvalidOperation
@@ -42,6 +43,10 @@ _NOISE = (
     r".*does not have many workers.*",
     r".*It is recommended to use `self.log.*sync_dist=True.*",  # metrics are computed over all processes already
 )
+
+
+_PROCESSES_A_CORE = 16
+_MOST_NODES = 100_000
 
 
 def run(args: list[str]) -> None:
@@ -161,6 +166,8 @@ class FP8CLI(LightningCLI):
         if training:
             cast(Any, trainer).callbacks.insert(0, StartReport())
         if global_batch is not None:
+            if global_batch > sys.maxsize:
+                raise ValueError(f"global_batch is {global_batch}; it must be at most {sys.maxsize}.")
             if trainer.accumulate_grad_batches != 1:
                 raise ValueError("global_batch and trainer.accumulate_grad_batches exclude each other: leave one out.")
             trainer.accumulate_grad_batches = batches_per_step(
@@ -232,17 +239,33 @@ def parse_tokens(text: str) -> int:
         tokens = round(Decimal(digits) * unit)
     except (InvalidOperation, ValueError, OverflowError):
         tokens = 0
-    if tokens < 1:
+    if not 1 <= tokens <= sys.maxsize:
         raise ValueError(f"max_tokens {text!r} is not a number of tokens: write it as 300M, 1.5B or 2000000.")
     return tokens
 
 
 def _check_numbers(trainer_config: Any) -> None:
-    """What the Trainer takes without a word."""
-    for name, least in {"gradient_clip_val": 0, "accumulate_grad_batches": 1}.items():
+    """What the Trainer takes without a word, and what it would start processes for until the machine has no more."""
+    least_of = {"gradient_clip_val": 0, "accumulate_grad_batches": 1, "log_every_n_steps": 0}
+    for name, least in least_of.items():
         value = trainer_config.get(name)
         if value is not None and value < least:
             raise ValueError(f"trainer.{name} is {value}; it must be {least} or more.")
+    if trainer_config.get("val_check_interval") == 0 and trainer_config.get("limit_val_batches") != 0:
+        raise ValueError(
+            "trainer.val_check_interval is 0; it must be 1 or more, or a share of an epoch; to leave validation out,"
+            " set trainer.limit_val_batches to 0."
+        )
+    devices, nodes = str(trainer_config.get("devices")), trainer_config.get("num_nodes") or 1
+    if trainer_config.get("accelerator") == "cpu" and devices not in ("auto", "None"):
+        cores = os.cpu_count() or 1
+        if not devices.isdecimal() or not 1 <= int(devices) <= _PROCESSES_A_CORE * cores:
+            raise ValueError(
+                f"trainer.devices is {devices}; on the CPU these are processes, 1 or more, and {cores} cores take"
+                f" {_PROCESSES_A_CORE * cores} or fewer."
+            )
+    if nodes > _MOST_NODES:
+        raise ValueError(f"trainer.num_nodes is {nodes}; it must be at most {_MOST_NODES}: torchrun sets it by itself.")
 
 
 def _check_no_other_end(trainer_config: Any) -> None:

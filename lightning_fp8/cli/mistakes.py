@@ -23,6 +23,7 @@ _LITERAL = re.compile(r"typing\.Literal\[(.*?)\]")
 _TYPE = re.compile(r"Expected a <class '(?:[\w.]+\.)?(\w+)'>")
 _NO_ATTRIBUTE = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
 _NO_CLASS = re.compile(r"No module named '[^']+'|Import path [\w.]+ does not correspond to [^\n]+")
+_OF_CLASSES = ("class_path", "init_args", "dict_kwargs")
 _DENIED = re.compile(r"Importing '([\w.]+)' is not allowed")
 
 
@@ -57,6 +58,28 @@ def wrong_file(argv: Sequence[str]) -> str | None:
             return f"{at}: {problem}: correct the YAML; tags that make objects are not read."
         if not isinstance(content, dict):
             return f"{file} holds no mapping of options: write lines such as `trainer: ...`."
+    return None
+
+
+def wrong_empty(parser: ArgumentParser, argv: Sequence[str]) -> str | None:
+    """What is wrong with keys that have nothing below them: jsonargparse leaves these out, misspelt or not."""
+    options = {option for option in _options(parser) if not option.endswith(".help")}
+    groups = {option.rpartition(".")[0] for option in options}
+    for file in config_files(argv):
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        for key, class_path, value in _entries(content, "", None):
+            if value != {}:
+                continue
+            name = key.rpartition(".")[2]
+            if class_path is not None:
+                known = _parameters(class_path)
+                if known and not {name, "kwargs"} & set(known):
+                    return _on_unknown(name, parser, argv)
+            elif not any(
+                f"{option}.".startswith(f"{key}.") or (option not in groups and key.startswith(f"{option}."))
+                for option in options
+            ):
+                return _on_unknown(key, parser, argv)
     return None
 
 
@@ -95,7 +118,8 @@ def _on_unknown(name: str, parser: ArgumentParser, argv: Sequence[str]) -> str:
     known = _parameters(place.class_path) if place and place.class_path else list(_options(parser))
     owner = f" of {place.class_path}" if place and place.class_path else ""
     first = f"{name} is not an option{owner}{_at(place)}"
-    return f"{first}\n{_nearest(name.removeprefix('--'), known) or f'{parser.prog} --help lists the options.'}"
+    near = _nearest(name.removeprefix("--"), known) or _nearest(name.partition(".")[0], _OF_CLASSES)
+    return f"{first}\n{near or f'{parser.prog} --help lists the options.'}"
 
 
 def _on_value(key: str, message: str, argv: Sequence[str]) -> str:
@@ -135,18 +159,18 @@ def places(name: str, argv: Sequence[str]) -> Iterator[Place]:
             content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError):
             continue
-        for key, class_path in _keys(content, "", None):
+        for key, class_path, _ in _entries(content, "", None):
             if key == name or key.endswith(f".{name}"):
                 yield Place(f"{file}: {key}", class_path)
 
 
-def _keys(content: Any, above: str, class_path: str | None) -> Iterator[tuple[str, str | None]]:
-    """All keys, dotted, with the class whose arguments they are."""
+def _entries(content: Any, above: str, class_path: str | None) -> Iterator[tuple[str, str | None, Any]]:
+    """All keys, dotted, with the class whose arguments they are, and their values."""
     items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
     for key, value in items:
-        yield f"{above}{key}", class_path
+        yield f"{above}{key}", class_path, value
         inner = content.get("class_path") if key == "init_args" else None
-        yield from _keys(value, f"{above}{key}.", inner)
+        yield from _entries(value, f"{above}{key}.", inner)
 
 
 def _last_part(argv: Sequence[str], value: str) -> Place | None:

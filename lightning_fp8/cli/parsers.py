@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser, auto_cli
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lightning_fp8.cli.mistakes import explain, wrong_file
+from lightning_fp8.cli.mistakes import explain, wrong_empty, wrong_file
 
 # What jsonargparse says of a value for each type that it is not meant to be.
 _OF_OTHER_TYPES = (
@@ -36,6 +36,12 @@ def refuse(message: str) -> NoReturn:
 
 class OneLineErrors(ArgumentParser):
     """An argument parser with short errors."""
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """Looks for what jsonargparse overlooks first."""
+        if complaint := wrong_empty(self, sys.argv):
+            refuse(complaint)
+        return super().parse_args(*args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints what is wrong, where, and what is right; exits with 2."""

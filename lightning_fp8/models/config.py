@@ -154,6 +154,9 @@ class DecoderConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"DecoderConfig.{name} is {value}; it must be above 0, or null for none.")
+        for name in ("rope_theta", "norm_eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"DecoderConfig.{name} is {getattr(self, name)}; it must be above 0.")
         for name in ("z_loss", "activation_l2"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"DecoderConfig.{name} is {getattr(self, name)}; it must be 0, for none, or more.")
