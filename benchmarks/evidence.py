@@ -19,6 +19,7 @@ from typing import Any
 from evidence_faults import measure_faults
 from evidence_page import write_page
 from measuring import machine
+from provenance import commits, recorded
 
 from lightning_fp8.cli.comparison import configuration
 from lightning_fp8.cli.parity import compared
@@ -155,9 +156,16 @@ def prepare_data() -> None:
 
 def measure(name: str, profile: str, jobs: int) -> dict[str, Any]:
     """The figures of a section, with what they depend on."""
+    output, here = Path("runs/evidence", profile, name), machine()
+    with recorded(output, here):
+        figures = _figures(name, profile, jobs, output)
+    return figures | {"profile": profile, "jobs": jobs, "machine": here, "commits": commits(output)}
+
+
+def _figures(name: str, profile: str, jobs: int, output: Path) -> dict[str, Any]:
     section, command = SECTIONS[name], f"python benchmarks/evidence.py --profile {profile} --only {name}"
     scale = section.scales[profile]
-    seeds, output = list(range(scale.seeds)), Path("runs/evidence", profile, name)
+    seeds = list(range(scale.seeds))
     if section.kind == "faults":
         return measure_faults(seeds, output) | {"command": command}
     arms = [*section.arms, *([ARMS[CONTROL]] if section.control else [])]
@@ -183,7 +191,7 @@ def main() -> None:
         prepare_data()
         for name in args.only or [name for name, section in SECTIONS.items() if args.profile in section.scales]:
             print(f"== {name}", flush=True)
-            found = measure(name, args.profile, jobs) | {"profile": args.profile, "jobs": jobs, "machine": machine()}
+            found = measure(name, args.profile, jobs)
             file = RESULTS / args.profile / f"{name}.json"
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(found, indent=2) + "\n")

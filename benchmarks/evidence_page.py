@@ -100,8 +100,7 @@ def _loss(value: float | None) -> str:
 
 def _conditions(found: Mapping[str, Any]) -> str:
     where = found["machine"]
-    changed = ", with uncommitted changes" if where["changed"] else ""
     return (
         f"Profile {found['profile']}, seeds {', '.join(map(str, found['seeds']))}; {where['device']},"
-        f" {found['jobs']} runs at a time; commit {where['commit'][:12]}{changed}; torch {where['versions']['torch']}."
+        f" {found['jobs']} runs at a time; commit {', '.join(found['commits'])}; torch {where['versions']['torch']}."
     )

@@ -18,6 +18,8 @@ import torch
 
 from lightning_fp8 import hardware
 
+# What measurements write is no change of what they measure.
+_CHANGES = ("status", "--porcelain", "-uno", "--", ":/", ":!/benchmarks/results", ":!/docs/evidence.md")
 PACKAGES = ("torch", "triton", "lightning", "torchao", "transformer-engine", "bitsandbytes", "flashoptim")
 
 
@@ -62,7 +64,7 @@ def machine() -> dict[str, Any]:
     here = Path(__file__).parent
     git = {
         name: subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, check=False).stdout.strip()
-        for name, command in {"commit": ["rev-parse", "HEAD"], "changed": ["status", "--porcelain", "-uno"]}.items()
+        for name, command in {"commit": ["rev-parse", "HEAD"], "changed": _CHANGES}.items()
     }
     return {
         "device": hardware.describe_device(),

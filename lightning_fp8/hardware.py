@@ -141,6 +141,11 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def device_type() -> str:
+    """Of the device that training would use."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def describe_device() -> str:
     """The device that training would use, in words."""
     if torch.cuda.is_available():
@@ -154,8 +159,7 @@ def describe_fp8() -> str:
     problem = why_not_native(("tensor",))
     if problem is None:
         return "native"
-    device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    return f"emulated, in {str(emulation_dtype(device_type)).removeprefix('torch.')} GEMMs: {problem}"
+    return f"emulated, in {str(emulation_dtype(device_type())).removeprefix('torch.')} GEMMs: {problem}"
 
 
 @dataclass(frozen=True)

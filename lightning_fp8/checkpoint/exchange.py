@@ -103,6 +103,8 @@ def export_checkpoint(ckpt: str, output: str, dtype: Dtype = "saved", fp8: bool 
         ValueError: The checkpoint is none, no family of models has its shape, or the folder is not empty.
     """
     folder = Path(output)
+    if not shard_gb > 0:
+        raise ValueError(f"shard_gb is {shard_gb}; it must be above 0.")
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty; give a new folder.")
     if not Path(ckpt).exists():

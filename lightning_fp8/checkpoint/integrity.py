@@ -49,9 +49,12 @@ def check_checkpoint(path: str | Path) -> None:
 def _check_file(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except Exception as error:  # as the bytes happen to mislead it: zlib and lzma have errors of their own
+            packed = next((one.filename for one in archive.infolist() if one.compress_type != zipfile.ZIP_STORED), None)
+            damaged = None if packed else archive.testzip()
+    except Exception as error:  # as the bytes happen to mislead it
         raise ValueError(f"{path} is damaged or no checkpoint ({error}): {_REMEDY}.") from error
+    if packed:  # which might unpack to more than there is memory for
+        raise ValueError(f"{path} is no checkpoint: its record {packed} is compressed, as torch never does; {_REMEDY}.")
     if damaged:
         raise ValueError(f"{path} is damaged: the checksum of its record {damaged} is wrong; {_REMEDY}.")
     _check_data(path, path)

@@ -5,7 +5,6 @@ run folder, `trainer.default_root_dir`, that holds everything a run leaves behin
 steps follow; errors of one line.
 """
 
-import os
 import sys
 import warnings
 from decimal import Decimal, InvalidOperation
@@ -24,7 +23,7 @@ from lightning_fp8.callbacks.events import SpareEvents
 from lightning_fp8.callbacks.start import tokens_per_step
 from lightning_fp8.checkpoint.integrity import check_checkpoint
 from lightning_fp8.checkpoint.io import CheckedCheckpointIO
-from lightning_fp8.cli.launch import batches_per_step, follow_torchrun
+from lightning_fp8.cli.launch import batches_per_step, check_processes, follow_torchrun
 from lightning_fp8.cli.mistakes import wrong_file
 from lightning_fp8.cli.parsers import FitParser, reason, refuse
 from lightning_fp8.cli.run_folder import StartRun
@@ -34,6 +33,7 @@ from lightning_fp8.distributed.peers import LostPeerError, loss_said_of
 from lightning_fp8.models import DecoderLM
 from lightning_fp8.precision import FP8Precision
 
+MOST_TOKENS = 10**18  # of which there are not so many; beyond, numbers of steps are no integers of 64 bits
 CLI = TypeVar("CLI", bound=LightningCLI)
 
 # Said of Lightning's and litdata's own code, or of a choice that is right here: nothing that a user can act on.
@@ -43,10 +43,6 @@ _NOISE = (
     r".*does not have many workers.*",
     r".*It is recommended to use `self.log.*sync_dist=True.*",  # metrics are computed over all processes already
 )
-
-
-_PROCESSES_A_CORE = 16
-_MOST_NODES = 100_000
 
 
 def run(args: list[str]) -> None:
@@ -166,8 +162,6 @@ class FP8CLI(LightningCLI):
         if training:
             cast(Any, trainer).callbacks.insert(0, StartReport())
         if global_batch is not None:
-            if global_batch > sys.maxsize:
-                raise ValueError(f"global_batch is {global_batch}; it must be at most {sys.maxsize}.")
             if trainer.accumulate_grad_batches != 1:
                 raise ValueError("global_batch and trainer.accumulate_grad_batches exclude each other: leave one out.")
             trainer.accumulate_grad_batches = batches_per_step(
@@ -239,33 +233,20 @@ def parse_tokens(text: str) -> int:
         tokens = round(Decimal(digits) * unit)
     except (InvalidOperation, ValueError, OverflowError):
         tokens = 0
-    if not 1 <= tokens <= sys.maxsize:
-        raise ValueError(f"max_tokens {text!r} is not a number of tokens: write it as 300M, 1.5B or 2000000.")
+    if not 1 <= tokens <= MOST_TOKENS:
+        raise ValueError(f"max_tokens {text!r} is no number of tokens to train on: write it as 300M, 1.5B or 2000000.")
     return tokens
 
 
 def _check_numbers(trainer_config: Any) -> None:
-    """What the Trainer takes without a word, and what it would start processes for until the machine has no more."""
-    least_of = {"gradient_clip_val": 0, "accumulate_grad_batches": 1, "log_every_n_steps": 0}
-    for name, least in least_of.items():
+    """What the Trainer takes without a word."""
+    for name, least in {"gradient_clip_val": 0, "accumulate_grad_batches": 1, "log_every_n_steps": 0}.items():
         value = trainer_config.get(name)
         if value is not None and value < least:
             raise ValueError(f"trainer.{name} is {value}; it must be {least} or more.")
-    if trainer_config.get("val_check_interval") == 0 and trainer_config.get("limit_val_batches") != 0:
-        raise ValueError(
-            "trainer.val_check_interval is 0; it must be 1 or more, or a share of an epoch; to leave validation out,"
-            " set trainer.limit_val_batches to 0."
-        )
-    devices, nodes = str(trainer_config.get("devices")), trainer_config.get("num_nodes") or 1
-    if trainer_config.get("accelerator") == "cpu" and devices not in ("auto", "None"):
-        cores = os.cpu_count() or 1
-        if not devices.isdecimal() or not 1 <= int(devices) <= _PROCESSES_A_CORE * cores:
-            raise ValueError(
-                f"trainer.devices is {devices}; on the CPU these are processes, 1 or more, and {cores} cores take"
-                f" {_PROCESSES_A_CORE * cores} or fewer."
-            )
-    if nodes > _MOST_NODES:
-        raise ValueError(f"trainer.num_nodes is {nodes}; it must be at most {_MOST_NODES}: torchrun sets it by itself.")
+    if trainer_config.get("val_check_interval") == 0:
+        raise ValueError("trainer.val_check_interval is 0: for no validation set trainer.limit_val_batches to 0.")
+    check_processes(trainer_config.get("accelerator"), trainer_config.get("devices"))
 
 
 def _check_no_other_end(trainer_config: Any) -> None:

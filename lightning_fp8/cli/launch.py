@@ -10,6 +10,10 @@ from typing import Any
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning_utilities.core.rank_zero import rank_zero_info
 
+from lightning_fp8 import hardware
+
+_A_CORE = 16  # processes of a CPU's core, at most: each takes half a gigabyte and a second to start
+_LARGEST = 2**31 - 1
 _SHARDING = "ModelParallelStrategy"
 
 
@@ -40,6 +44,25 @@ def follow_torchrun(config: Any) -> None:
             _set(strategy.init_args, "data_parallel_size", world // cut)
 
 
+def check_processes(accelerator: object, devices: object) -> None:
+    """Checks how many processes are to be started on a CPU; on GPUs Lightning counts these.
+
+    Raises:
+        ValueError: They are none, or more than this machine could run.
+    """
+    cores = os.cpu_count() or 1
+    on_cpu = accelerator == "cpu" or (accelerator in (None, "auto") and hardware.device_type() == "cpu")
+    if not on_cpu or not isinstance(devices, int | str) or devices == "auto":
+        return
+    if not str(devices).isdecimal() or int(devices) < 1:
+        raise ValueError(f"trainer.devices is {devices}: on a CPU it is a number of processes, 1 or more.")
+    if int(devices) > _A_CORE * cores:
+        raise ValueError(
+            f"trainer.devices is {devices}: on a CPU that many processes would start, and this machine has {cores}"
+            f" cores. Set it to {cores} or less."
+        )
+
+
 def _set(config: Any, name: str, value: int) -> None:
     written = config.get(name)
     config[name] = value
@@ -56,9 +79,11 @@ def batches_per_step(global_batch: int, batch: int, processes: int) -> int:
         processes: How many there are.
 
     Raises:
-        ValueError: They do not come out even.
+        ValueError: They do not come out even, or are no number of sequences.
     """
-    if global_batch < 1 or global_batch % (batch * processes):
+    if not 1 <= global_batch <= _LARGEST:
+        raise ValueError(f"global_batch is {global_batch}; it must be from 1 to {_LARGEST}.")
+    if global_batch % (batch * processes):
         raise ValueError(
             f"global_batch {global_batch} is no multiple of data.batch_size {batch} x {processes} processes:"
             f" set data.batch_size to a divisor of {global_batch / processes:g}, or start another number of processes."

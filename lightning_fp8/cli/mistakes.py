@@ -23,8 +23,8 @@ _LITERAL = re.compile(r"typing\.Literal\[(.*?)\]")
 _TYPE = re.compile(r"Expected a <class '(?:[\w.]+\.)?(\w+)'>")
 _NO_ATTRIBUTE = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
 _NO_CLASS = re.compile(r"No module named '[^']+'|Import path [\w.]+ does not correspond to [^\n]+")
-_OF_CLASSES = ("class_path", "init_args", "dict_kwargs")
 _DENIED = re.compile(r"Importing '([\w.]+)' is not allowed")
+_OF_A_CLASS = ("class_path", "init_args", "dict_kwargs")
 
 
 class Place(NamedTuple):
@@ -61,26 +61,28 @@ def wrong_file(argv: Sequence[str]) -> str | None:
     return None
 
 
-def wrong_empty(parser: ArgumentParser, argv: Sequence[str]) -> str | None:
-    """What is wrong with keys that have nothing below them: jsonargparse leaves these out, misspelt or not."""
-    options = {option for option in _options(parser) if not option.endswith(".help")}
-    groups = {option.rpartition(".")[0] for option in options}
+def unknown_empty(parser: ArgumentParser, argv: Sequence[str]) -> str | None:
+    """What is wrong with a key that there is not and whose value is `{}`, of which jsonargparse makes nothing."""
+    options = set(_options(parser))
     for file in config_files(argv):
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-        for key, class_path, value in _entries(content, "", None):
-            if value != {}:
-                continue
-            name = key.rpartition(".")[2]
-            if class_path is not None:
-                known = _parameters(class_path)
-                if known and not {name, "kwargs"} & set(known):
-                    return _on_unknown(name, parser, argv)
-            elif not any(
-                f"{option}.".startswith(f"{key}.") or (option not in groups and key.startswith(f"{option}."))
-                for option in options
-            ):
-                return _on_unknown(key, parser, argv)
+        for key, class_path, value in _keys(yaml.safe_load(Path(file).read_text(encoding="utf-8")), "", None):
+            if value == {} and not _is_known(key, class_path, options):
+                return _on_unknown(key.rpartition(".")[2] if class_path else key, parser, argv)
     return None
+
+
+def _is_known(key: str, class_path: str | None, options: set[str]) -> bool:
+    """Whether there is an option of this name, or one that may hold it; what it holds, a class or a type says."""
+    if class_path:
+        return key.rpartition(".")[2] in (*(known := _parameters(class_path)), *_OF_A_CLASS) or not known
+    above = [key[:at] for at, letter in enumerate(key) if letter == "."]
+    if any(one in options and not _has_parts(one, options) for one in above):
+        return True
+    return key in options or _has_parts(key, options)
+
+
+def _has_parts(name: str, options: set[str]) -> bool:
+    return any(option.startswith(f"{name}.") and option != f"{name}.help" for option in options)
 
 
 def config_files(argv: Sequence[str]) -> Iterator[str]:
@@ -118,7 +120,7 @@ def _on_unknown(name: str, parser: ArgumentParser, argv: Sequence[str]) -> str:
     known = _parameters(place.class_path) if place and place.class_path else list(_options(parser))
     owner = f" of {place.class_path}" if place and place.class_path else ""
     first = f"{name} is not an option{owner}{_at(place)}"
-    near = _nearest(name.removeprefix("--"), known) or _nearest(name.partition(".")[0], _OF_CLASSES)
+    near = _nearest(name.removeprefix("--"), known) or _nearest(name.partition(".")[0], _OF_A_CLASS)
     return f"{first}\n{near or f'{parser.prog} --help lists the options.'}"
 
 
@@ -159,18 +161,18 @@ def places(name: str, argv: Sequence[str]) -> Iterator[Place]:
             content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError):
             continue
-        for key, class_path, _ in _entries(content, "", None):
+        for key, class_path, _ in _keys(content, "", None):
             if key == name or key.endswith(f".{name}"):
                 yield Place(f"{file}: {key}", class_path)
 
 
-def _entries(content: Any, above: str, class_path: str | None) -> Iterator[tuple[str, str | None, Any]]:
+def _keys(content: Any, above: str, class_path: str | None) -> Iterator[tuple[str, str | None, Any]]:
     """All keys, dotted, with the class whose arguments they are, and their values."""
     items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
     for key, value in items:
         yield f"{above}{key}", class_path, value
         inner = content.get("class_path") if key == "init_args" else None
-        yield from _entries(value, f"{above}{key}.", inner)
+        yield from _keys(value, f"{above}{key}.", inner)
 
 
 def _last_part(argv: Sequence[str], value: str) -> Place | None:

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser, auto_cli
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lightning_fp8.cli.mistakes import explain, wrong_empty, wrong_file
+from lightning_fp8.cli.mistakes import explain, unknown_empty, wrong_file
 
 # What jsonargparse says of a value for each type that it is not meant to be.
 _OF_OTHER_TYPES = (
@@ -37,11 +37,11 @@ def refuse(message: str) -> NoReturn:
 class OneLineErrors(ArgumentParser):
     """An argument parser with short errors."""
 
-    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
-        """Looks for what jsonargparse overlooks first."""
-        if complaint := wrong_empty(self, sys.argv):
+    def parse_args(self, args: Any = None, *further: Any, **options: Any) -> Any:
+        """Parses; a key that is not known is an error also where nothing is in it."""
+        if complaint := unknown_empty(self, sys.argv[1:] if args is None else args):
             refuse(complaint)
-        return super().parse_args(*args, **kwargs)
+        return super().parse_args(args, *further, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints what is wrong, where, and what is right; exits with 2."""

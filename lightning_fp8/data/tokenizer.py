@@ -19,7 +19,7 @@ END_OF_TEXT = "<|endoftext|>"
 # GPT-2, GPT-NeoX and Qwen; Llama 3; Llama 2 and Mistral; Gemma.
 ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 SMALLEST_VOCABULARY = 257  # the 256 bytes and the end of text
-LARGEST_VOCABULARY = 1 << 24
+LARGEST_VOCABULARY = 2**22  # sixteen times that of the largest models
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> "Tokenizer":
@@ -33,7 +33,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> "Tokenizer":
         The tokenizer.
 
     Raises:
-        ValueError: `vocab_size` can not hold every byte and the end of text.
+        ValueError: `vocab_size` can not hold every byte and the end of text, or is beyond any use.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -42,8 +42,8 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> "Tokenizer":
             f"vocab_size is {vocab_size}, but the 256 bytes and {END_OF_TEXT} need {SMALLEST_VOCABULARY}: "
             "make it larger."
         )
-    if vocab_size > LARGEST_VOCABULARY:  # the trainer takes the memory for all of them at once, and ends the process
-        raise ValueError(f"vocab_size is {vocab_size}; it must be at most {LARGEST_VOCABULARY}: make it smaller.")
+    if vocab_size > LARGEST_VOCABULARY:  # the trainer would ask for its memory at once, and abort
+        raise ValueError(f"vocab_size is {vocab_size}; make it {LARGEST_VOCABULARY} or smaller.")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

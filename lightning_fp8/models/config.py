@@ -154,12 +154,12 @@ class DecoderConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"DecoderConfig.{name} is {value}; it must be above 0, or null for none.")
-        for name in ("rope_theta", "norm_eps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"DecoderConfig.{name} is {getattr(self, name)}; it must be above 0.")
         for name in ("z_loss", "activation_l2"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"DecoderConfig.{name} is {getattr(self, name)}; it must be 0, for none, or more.")
+        for name in ("rope_theta", "norm_eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"DecoderConfig.{name} is {getattr(self, name)}; it must be above 0.")
         if self.clipped_softmax is not None and not (self.clipped_softmax[0] <= 0 and self.clipped_softmax[1] >= 1):
             raise ValueError(
                 f"DecoderConfig.clipped_softmax is {self.clipped_softmax}: gamma must be at most 0 and zeta at least 1."

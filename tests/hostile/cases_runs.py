@@ -100,6 +100,7 @@ CASES = [
     Case("temperature", [*PROMPT, "--temperature=-1"], 1, ("temperature", "0 or more")),
     Case("empty prompt", ["generate", "--ckpt", CKPT, "--prompt", "", *PROMPT[5:]], 1, ("prompt", "at least one")),
     Case("cut, to export", ["export", CKPT, "out"], 1, (CKPT, "damaged", "restore"), lambda: cut(CKPT)),
+    Case("no room in shards", ["export", CKPT, "out", "--shard_gb=0"], 1, ("shard_gb is 0", "above 0")),
     Case("over data", ["export", CKPT, "data"], 1, ("data is not empty", "give a new folder")),
     Case("nothing to import", ["import", "data", "out"], 1, ("data", "config.json", "give a folder")),
     Case("nothing to report", ["report", "nowhere"], 1, ("nowhere", "no run", "Give")),
