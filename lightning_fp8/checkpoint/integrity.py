@@ -6,14 +6,18 @@ always, other damage but for one in 2^32). It is not a signature: who may write 
 
 The folder of a sharded checkpoint has none. `add_checksums` writes them beside the shards, one list a process.
 `.metadata` is a pickle that torch reads with no restriction; here it is read once before, with the few classes that
-belong into it, so that any other name in it is refused before torch sees the file.
+belong into it, so that any other name in it is refused before torch sees the file. Shards are what torch.save writes,
+one after the other, and torch reads those that are no tensors with no restriction, too: each is looked at before.
 """
 
 import json
 import pickle
 import zipfile
 import zlib
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,6 +26,7 @@ from lightning_fp8.files import write_text
 _BLOCK = 1 << 22
 _METADATA = ".metadata"
 _REMEDY = "restore it from a copy, or resume from another, --ckpt_path PATH"
+_REST = "meta.pt"  # Lightning's name for what is no tensor of the model or the optimizer
 _SUMS = "checksums"
 
 
@@ -46,14 +51,19 @@ def _check_file(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             packed = next((one.filename for one in archive.infolist() if one.compress_type != zipfile.ZIP_STORED), None)
             damaged = None if packed else archive.testzip()
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError, OSError) as error:
+    except Exception as error:  # as the bytes happen to mislead it
         raise ValueError(f"{path} is damaged or no checkpoint ({error}): {_REMEDY}.") from error
     if packed:  # which might unpack to more than there is memory for
         raise ValueError(f"{path} is no checkpoint: its record {packed} is compressed, as torch never does; {_REMEDY}.")
     if damaged:
         raise ValueError(f"{path} is damaged: the checksum of its record {damaged} is wrong; {_REMEDY}.")
+    _check_data(path, path)
+
+
+def _check_data(path: Path, content: Any) -> None:
+    """Refuses what torch.save wrote, `content` of the file `path`, if it holds more than tensors and plain values."""
     try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(content)
     except Exception as error:  # as the bytes happen to mislead it
         raise ValueError(f"{path} is no checkpoint of tensors ({error}): {_REMEDY}.") from error
     if names:
@@ -91,6 +101,7 @@ def _is_metadata(module: str, name: str) -> bool:
 def _check_folder(path: Path) -> None:
     if not (path / _METADATA).is_file():
         raise ValueError(f"{path} is no sharded checkpoint: it has no {_METADATA}; give another --ckpt_path.")
+    summed: set[str] = set()
     for sums in sorted(path.glob(f"{_SUMS}.*.json")):
         try:
             expected = dict(json.loads(sums.read_text(encoding="utf-8")))
@@ -102,11 +113,32 @@ def _check_folder(path: Path) -> None:
             file = path / name
             if not file.is_file() or _crc(file) != wanted:
                 raise ValueError(f"{file} is damaged or missing: {_REMEDY}.")
+        summed |= expected.keys()
+    if summed and (left := sorted({file.name for file in _files(path)} - summed)):
+        raise ValueError(f"{path / left[0]} has no checksum, and other files of the folder have: {_REMEDY}.")
     try:
         with (path / _METADATA).open("rb") as file:
-            _MetadataOnly(file).load()
+            items = _MetadataOnly(file).load().storage_data.values()
+            shards = sorted((str(item.relative_path), int(item.offset), int(item.length)) for item in items)
     except Exception as error:  # a damaged pickle fails in many ways
         raise ValueError(f"{path / _METADATA} is refused ({error}): {_REMEDY}.") from error
+    _check_shards(path, shards)
+    if (path / _REST).is_file():
+        _check_file(path / _REST)
+
+
+def _check_shards(path: Path, shards: list[tuple[str, int, int]]) -> None:
+    """Looks at each item of the shards, by file, offset and length; its tensors are not read."""
+    from torch.distributed.checkpoint.utils import _create_file_view
+
+    for name, items in groupby(shards, itemgetter(0)):
+        if Path(name).name != name:
+            raise ValueError(f"{path / _METADATA} names {name}, which is not in its folder: refused; {_REMEDY}.")
+        if not (path / name).is_file():
+            raise ValueError(f"{path / name} is damaged or missing: {_REMEDY}.")
+        with (path / name).open("rb") as file:
+            for _, offset, length in items:
+                _check_data(path / name, _create_file_view(file, offset, length))
 
 
 def add_checksums(folder: Path, rank: int, world_size: int) -> None:
@@ -117,9 +149,13 @@ def add_checksums(folder: Path, rank: int, world_size: int) -> None:
         rank: Of this process.
         world_size: Processes; file i is for process i modulo `world_size`.
     """
-    files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith(_SUMS))
-    sums = {file.name: _crc(file) for file in files[rank::world_size]}
+    sums = {file.name: _crc(file) for file in _files(folder)[rank::world_size]}
     write_text(folder / f"{_SUMS}.{rank}.json", json.dumps(sums))
+
+
+def _files(folder: Path) -> list[Path]:
+    """What has checksums."""
+    return sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith(_SUMS))
 
 
 def _crc(path: Path) -> int:

@@ -48,11 +48,15 @@ def check_processes(accelerator: object, devices: object) -> None:
     """Checks how many processes are to be started on a CPU; on GPUs Lightning counts these.
 
     Raises:
-        ValueError: They are more than this machine could run.
+        ValueError: They are none, or more than this machine could run.
     """
     cores = os.cpu_count() or 1
     on_cpu = accelerator == "cpu" or (accelerator in (None, "auto") and hardware.device_type() == "cpu")
-    if on_cpu and isinstance(devices, int | str) and str(devices).isdecimal() and int(devices) > _A_CORE * cores:
+    if not on_cpu or not isinstance(devices, int | str) or devices == "auto":
+        return
+    if not str(devices).isdecimal() or int(devices) < 1:
+        raise ValueError(f"trainer.devices is {devices}: on a CPU it is a number of processes, 1 or more.")
+    if int(devices) > _A_CORE * cores:
         raise ValueError(
             f"trainer.devices is {devices}: on a CPU that many processes would start, and this machine has {cores}"
             f" cores. Set it to {cores} or less."

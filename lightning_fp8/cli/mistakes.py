@@ -24,8 +24,6 @@ _TYPE = re.compile(r"Expected a <class '(?:[\w.]+\.)?(\w+)'>")
 _NO_ATTRIBUTE = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
 _NO_CLASS = re.compile(r"No module named '[^']+'|Import path [\w.]+ does not correspond to [^\n]+")
 _DENIED = re.compile(r"Importing '([\w.]+)' is not allowed")
-
-
 _OF_A_CLASS = ("class_path", "init_args", "dict_kwargs")
 
 
@@ -122,7 +120,8 @@ def _on_unknown(name: str, parser: ArgumentParser, argv: Sequence[str]) -> str:
     known = _parameters(place.class_path) if place and place.class_path else list(_options(parser))
     owner = f" of {place.class_path}" if place and place.class_path else ""
     first = f"{name} is not an option{owner}{_at(place)}"
-    return f"{first}\n{_nearest(name.removeprefix('--'), known) or f'{parser.prog} --help lists the options.'}"
+    near = _nearest(name.removeprefix("--"), known) or _nearest(name.partition(".")[0], _OF_A_CLASS)
+    return f"{first}\n{near or f'{parser.prog} --help lists the options.'}"
 
 
 def _on_value(key: str, message: str, argv: Sequence[str]) -> str:

@@ -118,8 +118,18 @@ class TokenDataModule(LightningDataModule):
         return str(self.folders[0].file(self.manifest.tokenizer))
 
     def token_bytes(self) -> torch.Tensor:
-        """UTF-8 bytes of each token id, an int64 tensor [vocab_size]; 0 for special tokens."""
-        return token_bytes(load_tokenizer(self.tokenizer_path))
+        """UTF-8 bytes of each token id, an int64 tensor [vocab_size]; 0 for special tokens.
+
+        Raises:
+            ValueError: The tokenizer is not that of the data.
+        """
+        lengths = token_bytes(load_tokenizer(self.tokenizer_path))
+        if len(lengths) > self.vocab_size:
+            raise ValueError(
+                f"{self.tokenizer_path} has token id {len(lengths) - 1} and the data {self.vocab_size} tokens: it is"
+                " another tokenizer than the text was prepared with; copy the folder again."
+            )
+        return lengths
 
     def setup(self, stage: str | None = None) -> None:
         """Check that each split has enough tokens.

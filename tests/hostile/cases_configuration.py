@@ -39,6 +39,22 @@ CASES = [
         ("every_n_step ", "config.yaml: trainer.callbacks.0", "'every_n_steps'"),
         callback("lightning_fp8.callbacks.LastCheckpoint", every_n_step={}),
     ),
+    Case("empty recipe key", fit(), 1, ("FP8 recipe", "inputt", "'input'"), in_yaml("fp8", recipe={"inputt": {}})),
+    Case("null", fit(), 2, ("fp8.recip ", "config.yaml:", "'fp8.recipe'"), in_yaml("fp8", recip=None)),
+    Case(
+        "class_path",
+        fit(),
+        2,
+        ("class_pth", "config.yaml:", "'class_path'"),
+        in_yaml("trainer", callbacks=[{"class_pth": "lightning_fp8.callbacks.LastCheckpoint"}]),
+    ),
+    Case(
+        "init_args",
+        fit(),
+        2,
+        ("init_arg.every", "config.yaml:", "'init_args'"),
+        in_yaml("trainer.callbacks.0", init_arg={"every_n_steps": 3}),
+    ),
     Case("group", fit(), 2, ("trainr.a", "config.yaml: trainr.a", "'trainer'"), in_yaml("", trainr={"a": 1})),
     Case(
         "trainer key", fit(), 2, ("max_stepz", "config.yaml:", "'trainer.max_steps'"), in_yaml("trainer", max_stepz=1)
@@ -138,6 +154,8 @@ CASES = [
         "accumulation 0", fit("--trainer.accumulate_grad_batches=0"), 1, ("accumulate_grad_batches is 0", "1 or more")
     ),
     Case("processes", fit("--trainer.devices=99999"), 1, ("trainer.devices is 99999", "cores", "or less")),
+    Case("processes below 0", fit("--trainer.devices=-3"), 1, ("trainer.devices is -3", "1 or more")),
+    Case("processes in words", fit("--trainer.devices=many"), 1, ("trainer.devices is many", "1 or more")),
     Case("logging below 0", fit("--trainer.log_every_n_steps=-1"), 1, ("log_every_n_steps is -1", "0 or more")),
     Case("validation every 0", fit("--trainer.val_check_interval=0"), 1, ("val_check_interval is 0", "limit_val")),
     Case("tokens without end", fit("--trainer.max_steps=-1", "--max_tokens=1e400"), 1, ("max_tokens '1e400'", "300M")),

@@ -121,6 +121,13 @@ CASES = [
     ),
     Case("no tokenizer file", fit(), 1, (TOKENIZER, "does not exist", "give"), lambda: remove(TOKENIZER)),
     Case("broken tokenizer", fit(), 1, (TOKENIZER, "not a tokenizer", "give"), lambda: cut(TOKENIZER)),
+    Case(
+        "tokenizer of other data",
+        fit(),
+        1,
+        (TOKENIZER, "token id 5000", "272", "copy the folder again"),
+        lambda: edit_json(TOKENIZER, model__vocab__zz=5000),
+    ),
     # Sizes.
     Case(
         "batch too large", fit("--data.batch_size=100000"), 1, ("train split of data", "batch_size 100000", "smaller")

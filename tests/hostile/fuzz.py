@@ -30,6 +30,7 @@ with guided:
     from lightning_fp8.models.config import config_from_dict
 
 FOLDER = Path(tempfile.mkdtemp(prefix="fuzz-"))
+SEEDS = Path(__file__).resolve().parent / "seeds"
 
 
 def _file(name: str, content: bytes) -> Path:
@@ -55,13 +56,18 @@ def _config(content: bytes) -> None:
 
 
 def _sums(content: bytes) -> None:
-    _file("sharded/.metadata", b"\x80\x02}.")
+    _file("sharded/.metadata", _seed("metadata"))
     check_checkpoint(_file("sharded/checksums.0.json", content).parent)
 
 
 def _metadata(content: bytes) -> None:
     (FOLDER / "sharded/checksums.0.json").unlink(missing_ok=True)
+    _file("sharded/__0_0.distcp", _seed("checkpoint"))
     check_checkpoint(_file("sharded/.metadata", content).parent)
+
+
+def _seed(name: str) -> bytes:
+    return Path(SEEDS, name).read_bytes()[1:]
 
 
 READERS: dict[bytes, Callable[[bytes], object]] = {

@@ -2,7 +2,6 @@
 
 import csv
 import errno
-import os
 import random
 import signal
 import subprocess
@@ -237,31 +236,36 @@ def test_a_kill_at_any_moment_loses_no_bit(world, seed):
     assert_the_same(name)
 
 
-@pytest.mark.slow
-def test_a_small_disk(world, tmp_path):
-    """A real one, of 400 kB and then 1,200: what fits is whole, and the run ends in one line or goes on.
-
-    Each run is in a process of its own, which leaves no file open in the disk.
-    """
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", str(disk)], check=False).returncode:
+@pytest.fixture
+def disk(world, tmp_path, request):
+    """A real one, with room for a whole run, but for `request.param` of a checkpoint that a file in it takes."""
+    one = Path("whole/checkpoints/last.ckpt").stat().st_size
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    size = 3 * one + 200_000
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=False).returncode:
         pytest.skip("this user may not mount a tmpfs; the tests above fail the file layer instead")
-    try:
-        os.symlink(disk, "disk")
-        (disk / "ballast").write_bytes(bytes(800_000))
-        with begin("disk/run") as process:
-            said = process.communicate(timeout=200)[0]
-        assert process.returncode in (0, 1), said
-        assert "Traceback" not in said
-        (disk / "ballast").unlink()
-        print(said[-600:])
-        if Path("disk/run/checkpoints/last.ckpt").exists():
-            assert content("disk/run")["global_step"] > 0  # whole
-        with begin("disk/run", "--ckpt_path=last") as process:
-            said = process.communicate(timeout=200)[0]
-        assert process.returncode == 0, said
-        assert "Restored all states" in said
-        assert_the_same("disk/run")
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+    (folder / "ballast").write_bytes(bytes(int(one * request.param)))
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("disk", "kept"), [(1.0, 6), (2.0, 3), (3.0, None)], indirect=["disk"])
+def test_a_small_disk(disk, kept):
+    """The saves that fit are whole, the others cost a warning, and the last ends the run in one line."""
+    run = disk / "run"
+    with begin(run) as process:
+        said = process.communicate(timeout=200)[0]
+    assert process.returncode == 1, said
+    assert "Traceback" not in said
+    assert "No room for the checkpoint of step" in said
+    assert "no space left on device; make room" in said
+    assert not list(run.rglob("*.unfinished"))
+    if kept is None:
+        assert not (run / "checkpoints/last.ckpt").exists()
+    else:
+        assert content(run)["global_step"] == kept
+    (disk / "ballast").unlink()
+    train(run, "--ckpt_path=last")
+    assert_the_same(run)
