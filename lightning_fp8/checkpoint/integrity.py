@@ -10,8 +10,10 @@ belong into it, so that any other name in it is refused before torch sees the fi
 one after the other, and torch reads those that are no tensors with no restriction, too: each is looked at before.
 """
 
+import io
 import json
 import pickle
+import pickletools
 import zipfile
 import zlib
 from itertools import groupby
@@ -79,6 +81,13 @@ class _MetadataOnly(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it would run {module}.{name}")
 
 
+def _check_memo(content: bytes) -> None:
+    """Refuses a pickle that numbers an object higher than it has bytes: pickle would make a list of that length."""
+    for operation, argument, _ in pickletools.genops(content):
+        if "PUT" in operation.name and int(argument or 0) > len(content):
+            raise pickle.UnpicklingError(f"it numbers an object {argument}, and has {len(content)} bytes")
+
+
 def _is_metadata(module: str, name: str) -> bool:
     if "." in name:
         return False
@@ -117,9 +126,10 @@ def _check_folder(path: Path) -> None:
     if summed and (left := sorted({file.name for file in _files(path)} - summed)):
         raise ValueError(f"{path / left[0]} has no checksum, and other files of the folder have: {_REMEDY}.")
     try:
-        with (path / _METADATA).open("rb") as file:
-            items = _MetadataOnly(file).load().storage_data.values()
-            shards = sorted((str(item.relative_path), int(item.offset), int(item.length)) for item in items)
+        content = (path / _METADATA).read_bytes()
+        _check_memo(content)
+        items = _MetadataOnly(io.BytesIO(content)).load().storage_data.values()
+        shards = sorted((str(item.relative_path), int(item.offset), int(item.length)) for item in items)
     except Exception as error:  # a damaged pickle fails in many ways
         raise ValueError(f"{path / _METADATA} is refused ({error}): {_REMEDY}.") from error
     _check_shards(path, shards)
