@@ -101,3 +101,10 @@ def test_what_is_no_data_is_refused_with_its_name(spoil: Callable[[Path], object
         with pytest.raises(ValueError, match=said):
             read(folder)
     assert not Path("pwned").exists()
+
+
+def test_metadata_that_asks_for_memory_is_refused_before_it_gets_it(tmp_path: Path) -> None:
+    """The C unpickler makes a list as long as the highest number of an object, 8 bytes an entry."""
+    (tmp_path / ".metadata").write_bytes(b"\x80\x02}r\x00\x00\x00\x08.")
+    with pytest.raises(ValueError, match=r"numbers an object 134217728, and has 9 bytes"):
+        check_checkpoint(tmp_path)
