@@ -24,8 +24,8 @@ TITLES = {
     "skip-bigram": ("A task that needs its blocks", "The next token depends on the last but one."),
     "text": (
         "The quickstart's text",
-        "Two million tokens an arm, decay to zero, all held-out files. Without its blocks a model still learns which token"
-        " follows which; the control can lose no more than what blocks add to that.",
+        "Two million tokens an arm, decay to zero, all held-out files. Without its blocks a model still learns which"
+        " token follows which; the control can lose no more than what blocks add to that.",
     ),
     "moments": ("Formats of the moments", "On a vocabulary of which most is rare; the largest |u| = |m / √v| beside."),
     "rounding": ("Rounding of BF16 weights", "At a learning rate so small that updates are below half a unit."),
