@@ -88,7 +88,7 @@ def steps(folder: str) -> list[int]:
         (["--data.path", "nowhere"], 1, "lightning-fp8 prepare"),
         (["--max_tokens", "1M"], 1, "max_tokens and trainer.max_steps=2 exclude each other"),
         (["--trainer.max_steps=-1", "--max_tokens", "1M", "--trainer.max_epochs=3"], 1, "trainer.max_epochs=3 exclude"),
-        (["--trainer.max_steps=-1", "--max_tokens", "much"], 1, "max_tokens 'much' is not a number"),
+        (["--trainer.max_steps=-1", "--max_tokens", "much"], 1, "max_tokens 'much' is no number"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -206,7 +206,7 @@ def test_tokens_are_read(text: str, tokens: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "B", "-3M", "0", "1e-9", "nan", "inf", "1 G"])
 def test_what_is_no_number_of_tokens_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="is not a number of tokens"):
+    with pytest.raises(ValueError, match="is no number of tokens"):
         parse_tokens(text)
 
 

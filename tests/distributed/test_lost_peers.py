@@ -116,7 +116,7 @@ def test_a_global_batch_is_that_of_any_number_of_processes():
     assert [batches_per_step(64, 4, processes) for processes in (1, 2, 4, 16)] == [16, 8, 4, 1]
     with pytest.raises(ValueError, match=r"64 is no multiple of data.batch_size 4 x 3 processes"):
         batches_per_step(64, 4, 3)
-    with pytest.raises(ValueError, match="no multiple"):
+    with pytest.raises(ValueError, match="global_batch is 0; it must be from 1 to"):
         batches_per_step(0, 4, 1)
 
 

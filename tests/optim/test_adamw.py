@@ -183,13 +183,13 @@ def test_sparse_gradients_are_refused_by_name():
 
 
 ERRORS = [  # argument, value, what the message must hold: field, value and remedy
-    ("lr", -1.0, r"lr is -1\.0; it must be 0 or more"),
-    ("lr", float("nan"), r"lr is nan; it must be 0 or more"),
-    ("eps", -1e-8, r"eps is -1e-08; it must be 0 or more"),
-    ("weight_decay", -0.1, r"weight_decay is -0\.1; it must be 0 or more"),
+    ("lr", -1.0, r"lr is -1\.0; it must be 0 or more, and finite"),
+    ("lr", float("nan"), r"lr is nan; it must be 0 or more, and finite"),
+    ("eps", -1e-8, r"eps is -1e-08; it must be 0 or more, and finite"),
+    ("weight_decay", -0.1, r"weight_decay is -0\.1; it must be 0 or more, and finite"),
     ("betas", (1.0, 0.9), r"betas are \(1\.0, 0\.9\); both must be in \[0, 1\)"),
     ("betas", (0.9, -0.1), r"betas are \(0\.9, -0\.1\); both must be in \[0, 1\)"),
-    ("block_size", 0, r"block_size is 0; it must be 1 or more"),
+    ("block_size", 0, r"block_size is 0; it must be from 1 to 2147483647"),
     ("clip_update_rms", 0.0, r"clip_update_rms is 0\.0; it must be more than 0, or None"),
     ("max_update", -1.0, r"max_update is -1\.0; it must be more than 0, or None"),
     ("max_skipped_steps", 0, r"max_skipped_steps is 0; it must be more than 0, or None"),

@@ -329,7 +329,7 @@ def test_options_that_cannot_be_had_are_refused_by_name(option):
     [
         ({"moments": "fp16"}, r"moments 'fp16' is not one of fp8, fp32"),
         ({"rounding": "up"}, r"rounding 'up' is not one of stochastic, nearest"),
-        ({"block_size": 0}, r"block_size is 0; it must be 1 or more"),
+        ({"block_size": 0}, r"block_size is 0; it must be from 1 to 2147483647"),
     ],
 )
 def test_bad_arguments(options, message):
