@@ -93,8 +93,9 @@ class LastCheckpoint(ModelCheckpoint):
             if error.errno not in NO_SPACE or trainer.world_size > 1:  # others would wait for this process
                 raise
             self._last_global_step_saved = step
+            kept = f"that of step {step} is kept" if step else "there is none before it"
             rank_zero_warn(
-                f"No room for the checkpoint of step {trainer.global_step} ({error}); that of step {step} is kept. Make"
+                f"No room for the checkpoint of step {trainer.global_step} ({error}); {kept}. Make"
                 " room: the run goes on, and tries again at its next save."
             )
 

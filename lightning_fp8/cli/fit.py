@@ -23,7 +23,7 @@ from lightning_fp8.callbacks.events import SpareEvents
 from lightning_fp8.callbacks.start import tokens_per_step
 from lightning_fp8.checkpoint.integrity import check_checkpoint
 from lightning_fp8.checkpoint.io import CheckedCheckpointIO
-from lightning_fp8.cli.launch import batches_per_step, check_processes, follow_torchrun
+from lightning_fp8.cli.launch import batches_per_step, check_nodes, check_processes, follow_torchrun
 from lightning_fp8.cli.mistakes import wrong_file
 from lightning_fp8.cli.parsers import FitParser, reason, refuse
 from lightning_fp8.cli.run_folder import StartRun
@@ -247,6 +247,7 @@ def _check_numbers(trainer_config: Any) -> None:
     if trainer_config.get("val_check_interval") == 0:
         raise ValueError("trainer.val_check_interval is 0: for no validation set trainer.limit_val_batches to 0.")
     check_processes(trainer_config.get("accelerator"), trainer_config.get("devices"))
+    check_nodes(trainer_config.get("num_nodes"))
 
 
 def _check_no_other_end(trainer_config: Any) -> None:

@@ -7,6 +7,8 @@ number is a fact by then, and what a configuration says of it, for the launch it
 import os
 from typing import Any
 
+from lightning.fabric.plugins.environments.lsf import LSFEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning_utilities.core.rank_zero import rank_zero_info
 
@@ -60,6 +62,24 @@ def check_processes(accelerator: object, devices: object) -> None:
         raise ValueError(
             f"trainer.devices is {devices}: on a CPU that many processes would start, and this machine has {cores}"
             f" cores. Set it to {cores} or less."
+        )
+
+
+def check_nodes(num_nodes: object) -> None:
+    """Checks that more than one node is asked for only where something has started the others.
+
+    Raises:
+        ValueError: The run would wait for nodes that cannot find it.
+    """
+    if not isinstance(num_nodes, int) or num_nodes == 1:
+        return
+    if num_nodes < 1:
+        raise ValueError(f"trainer.num_nodes is {num_nodes}; it must be 1 or more.")
+    launchers = (TorchElasticEnvironment, SLURMEnvironment, LSFEnvironment)
+    if "MASTER_ADDR" not in os.environ and not any(launcher.detect() for launcher in launchers):
+        raise ValueError(
+            f"trainer.num_nodes is {num_nodes}, and nothing has started this run on the others: start it with srun or"
+            " torchrun on each node, or set MASTER_ADDR, MASTER_PORT and NODE_RANK there."
         )
 
 

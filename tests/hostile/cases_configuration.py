@@ -155,6 +155,8 @@ CASES = [
     ),
     Case("processes", fit("--trainer.devices=99999"), 1, ("trainer.devices is 99999", "cores", "or less")),
     Case("processes below 0", fit("--trainer.devices=-3"), 1, ("trainer.devices is -3", "1 or more")),
+    Case("nodes", fit("--trainer.num_nodes=99999"), 1, ("trainer.num_nodes is 99999", "srun or torchrun")),
+    Case("nodes below 1", fit("--trainer.num_nodes=0"), 1, ("trainer.num_nodes is 0", "1 or more")),
     Case("processes in words", fit("--trainer.devices=many"), 1, ("trainer.devices is many", "1 or more")),
     Case("logging below 0", fit("--trainer.log_every_n_steps=-1"), 1, ("log_every_n_steps is -1", "0 or more")),
     Case("validation every 0", fit("--trainer.val_check_interval=0"), 1, ("val_check_interval is 0", "limit_val")),
