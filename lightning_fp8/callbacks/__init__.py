@@ -10,13 +10,14 @@ from lightning_fp8.callbacks.peers import PeerWatch
 from lightning_fp8.callbacks.progress import StepProgress
 from lightning_fp8.callbacks.readings import Figure, Reading
 from lightning_fp8.callbacks.report import RunReport
-from lightning_fp8.callbacks.run_log import RunLog
+from lightning_fp8.callbacks.run_log import ContinuedLog, RunLog
 from lightning_fp8.callbacks.start import StartReport
 from lightning_fp8.callbacks.step_sizes import StepSizes
 from lightning_fp8.callbacks.throughput import Throughput
 
 __all__ = [
     "AdaptiveClipping",
+    "ContinuedLog",
     "DeadBlocks",
     "FP8Gradients",
     "FP8Guard",

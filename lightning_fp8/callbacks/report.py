@@ -57,10 +57,7 @@ class RunReport(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Continues the log of a resumed run at the right row; puts the tokenizer beside the checkpoints."""
-        for logger in trainer.loggers:
-            if isinstance(logger, RunLog):
-                logger.start_at(trainer.global_step)
+        """Puts the tokenizer beside the checkpoints."""
         self._first_step = trainer.global_step
         _copy_tokenizer(trainer)
 

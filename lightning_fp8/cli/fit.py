@@ -18,7 +18,7 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from lightning_fp8.callbacks import PeerWatch, RunLog, StartReport
+from lightning_fp8.callbacks import ContinuedLog, PeerWatch, RunLog, StartReport
 from lightning_fp8.callbacks.events import SpareEvents
 from lightning_fp8.callbacks.start import tokens_per_step
 from lightning_fp8.checkpoint.integrity import check_checkpoint
@@ -160,7 +160,7 @@ class FP8CLI(LightningCLI):
             trainer.strategy.checkpoint_io = CheckedCheckpointIO()
         cast(Any, trainer).callbacks.insert(0, PeerWatch())
         if training:
-            cast(Any, trainer).callbacks.insert(0, StartReport())
+            cast(Any, trainer).callbacks[:0] = [StartReport(), ContinuedLog()]
         if global_batch is not None:
             if trainer.accumulate_grad_batches != 1:
                 raise ValueError("global_batch and trainer.accumulate_grad_batches exclude each other: leave one out.")

@@ -72,6 +72,29 @@ def test_a_line_that_a_kill_cut_is_no_row(log: RunLog, cut: int) -> None:
     assert [row["step"] for row in on_disk(log)] == ["1233", "1235"]
 
 
+ROW = {"epoch": 0, "loss": 0.1, "step": 2}
+
+
+def test_the_row_of_a_checkpoint_is_written_if_it_is_missing(log: RunLog) -> None:
+    for step in range(2):
+        log.log_metrics({"epoch": 0, "loss": 1.0}, step)
+    log.log_metrics({"val": 3.0}, 2)
+    for _ in range(2):  # a run that is resumed twice has it once
+        RunLog(log.save_dir).start_at(3, ROW)
+        assert [(row["step"], row["loss"], row["val"]) for row in on_disk(log)] == [
+            ("0", "1.0", ""),
+            ("1", "1.0", ""),
+            ("2", "", "3.0"),
+            ("2", "0.1", ""),
+        ]
+
+
+def test_the_row_of_a_checkpoint_is_not_written_twice(log: RunLog) -> None:
+    log.log_metrics({"epoch": 0, "loss": torch.tensor(0.1), "more": 2.0}, 2)
+    RunLog(log.save_dir).start_at(3, ROW | {"loss": float(torch.tensor(0.1))})
+    assert len(on_disk(log)) == 1
+
+
 def test_an_absent_file_has_no_rows(log: RunLog) -> None:
     log.start_at(0)
     assert log.rows() == []

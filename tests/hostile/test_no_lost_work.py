@@ -14,7 +14,7 @@ import torch
 from hostile.world import CKPT, fit, flip_bit, make
 
 from lightning_fp8 import files
-from lightning_fp8.callbacks import RunLog
+from lightning_fp8.callbacks import RunLog, checkpoint
 from lightning_fp8.cli.main import main
 from lightning_fp8.data import prepare
 
@@ -64,7 +64,9 @@ def content(name):
 
 def losses(name):
     with Path(name, "metrics.csv").open(newline="") as file:
-        return {int(row["step"]): row["train/loss"] for row in csv.DictReader(file) if row.get("train/loss")}
+        rows = [(int(row["step"]), row["train/loss"]) for row in csv.DictReader(file) if row.get("train/loss")]
+    assert len(dict(rows)) == len(rows)  # a step is logged once
+    return dict(rows)
 
 
 def assert_the_same(name):
@@ -94,6 +96,25 @@ def test_the_checkpoint_before_is_used_if_the_newest_is_damaged(world):
     with pytest.warns(UserWarning, match=r"checksum of its record .* Going on from .*last\.ckpt\.previous"):
         train("damaged", "--ckpt_path=last")
     assert_the_same("damaged")
+
+
+def test_a_stop_between_a_save_and_its_row_loses_no_row(world, monkeypatch):
+    """Lightning writes the row of a step after the callbacks, and so after the checkpoint of that step."""
+    put_in_place = checkpoint.put_in_place
+
+    def stop_at_the_fourth(new, path):
+        put_in_place(new, path)
+        if torch.load(path, weights_only=True)["global_step"] == 12:
+            raise RuntimeError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "put_in_place", stop_at_the_fourth)
+        with pytest.raises(SystemExit):
+            train("between")
+    assert max(losses("between")) == 10
+    assert content("between")["global_step"] == 12
+    train("between", "--ckpt_path=last")
+    assert_the_same("between")
 
 
 def test_a_save_without_room_costs_no_checkpoint_and_not_the_run(world, monkeypatch):
