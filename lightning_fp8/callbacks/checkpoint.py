@@ -53,7 +53,8 @@ class LastCheckpoint(ModelCheckpoint):
         super().__init__(save_last=True, save_top_k=0, every_n_train_steps=every_n_steps, enable_version_counter=False)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Has a checkpoint that is written in the background put in place there, too, when it is whole."""
+        """Puts checkpoints where they are looked for, whatever the logger; those written in the background, too."""
+        self.dirpath = self._folder(trainer)
         super().setup(trainer, pl_module, stage)
         io = trainer.strategy.checkpoint_io
         if isinstance(io, AsyncCheckpointIO) and not isinstance(io.checkpoint_io, _PutInPlace):
@@ -107,8 +108,7 @@ class LastCheckpoint(ModelCheckpoint):
         Raises:
             ValueError: It is damaged, and so is the one before, or there are several processes.
         """
-        folder = str(self.dirpath or os.path.join(trainer.default_root_dir, "checkpoints"))
-        path = os.path.join(folder, f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
+        path = os.path.join(self._folder(trainer), f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
         recover(path)
         if trainer.world_size == 1:
             found = newest_whole(path)
@@ -118,6 +118,9 @@ class LastCheckpoint(ModelCheckpoint):
         if trainer.is_global_zero:  # one reads it all
             check_checkpoint(path)
         return {path}
+
+    def _folder(self, trainer: Trainer) -> str:
+        return str(self.dirpath or os.path.join(trainer.default_root_dir, "checkpoints"))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Saves if the run is asked to end between two steps."""

@@ -70,7 +70,7 @@ def start(cli: type[CLI], argv: list[str], **options: Any) -> CLI:
         "seed_everything_default": 0,
         "auto_configure_optimizers": False,
         "save_config_callback": StartRun,
-        "save_config_kwargs": {"overwrite": True},
+        "save_config_kwargs": {"save_to_log_dir": False},
         "parser_class": FitParser,
         "parser_kwargs": {"prog": argv[0]},
         "trainer_defaults": {"default_root_dir": "runs/default"},

@@ -38,6 +38,12 @@ class StartRun(SaveConfigCallback):
             self._lock = hold(folder / _LOCK_NAME, busy)
         super().setup(trainer, pl_module, stage)
 
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Into the folder of the run, where Lightning takes that of the logger."""
+        path = Path(trainer.default_root_dir, self.config_filename)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.parser.save(self.config, str(path), skip_none=False, overwrite=True, multifile=False)
+
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Asks for a state to go on from.
 
