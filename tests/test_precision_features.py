@@ -5,6 +5,7 @@ import torch
 from lightning.fabric import Fabric
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateFinder, ModelCheckpoint, WeightAveraging
+from packaging.version import Version
 from small_models import Regression, batches, trainer
 from torch import nn
 from torch._dynamo import lookup_backend
@@ -149,7 +150,11 @@ class Average(WeightAveraging):
 
 @pytest.mark.parametrize("averaging", [lambda: EMAWeightAveraging(decay=0.5), Average], ids=["EMA", "mean"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_weight_averaging(tmp_path, averaging, dtype):
+def test_weight_averaging(tmp_path, averaging, dtype, request):
+    if (dtype, averaging) == ("bf16", Average) and Version(torch.__version__) < Version("2.15"):
+        reason = "torch 2.11 adds no bf16 weights to its fp32 mean; 2.15 does"
+        request.applymarker(pytest.mark.xfail(raises=RuntimeError, reason=reason, strict=False))
+
     class Watch(Regression):
         def on_train_batch_end(self, *_):
             self.history.append(weights(self.net).clone())

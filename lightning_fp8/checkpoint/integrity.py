@@ -16,6 +16,7 @@ import pickle
 import pickletools
 import zipfile
 import zlib
+from enum import EnumType
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -78,7 +79,15 @@ class _MetadataOnly(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> object:
         if _is_metadata(module, name):
             return super().find_class(module, name)
+        if (module, name) == ("builtins", "getattr"):  # as Python before 3.11.4 writes members of enumerations
+            return _member
         raise pickle.UnpicklingError(f"it would run {module}.{name}")
+
+
+def _member(enumeration: object, name: str) -> object:
+    if isinstance(enumeration, EnumType) and name in enumeration.__members__:
+        return enumeration.__members__[name]
+    raise pickle.UnpicklingError(f"it would run builtins.getattr({enumeration}, {name})")
 
 
 def _check_memo(content: bytes) -> None:

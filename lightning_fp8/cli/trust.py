@@ -42,10 +42,7 @@ def restrict_class_paths(argv: Sequence[str]) -> list[str]:
     names = [name.strip() for name in trusted.split(",") if name.strip()]
     if not names or not all(part.isidentifier() for name in names for part in name.split(".")):
         raise ValueError(f"{OPTION} is {trusted!r}: give names of packages or modules, such as lightning_fp8,torch.")
-    try:
-        jsonargparse.set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=names)
-    except TypeError:  # it does not know these settings
-        raise ValueError(f"{OPTION} needs a newer jsonargparse: run `pip install --upgrade jsonargparse`.") from None
+    jsonargparse.set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=names)
     return rest
 
 

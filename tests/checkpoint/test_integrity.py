@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, TensorProperties
 
 from lightning_fp8.checkpoint import export_checkpoint
 from lightning_fp8.checkpoint.integrity import add_checksums, check_checkpoint
@@ -36,6 +37,27 @@ def leave_out_checksums(folder: Path) -> None:
     """As another program writes it: whoever changes a shard can change its checksum, too."""
     for sums in folder.glob("checksums.*"):
         sums.unlink()
+
+
+class Reached:
+    """An attribute of what `.metadata` may name; an enumeration's members alone are data."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return getattr, (TensorProperties, "__init__")
+
+
+def test_a_member_of_an_enumeration_is_data(folder: Path) -> None:
+    """Python 3.11.2 writes it as an attribute, later ones as a value."""
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    metadata.planner_data = Member()
+    leave_out_checksums(folder)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    check_checkpoint(folder)
+
+
+class Member:
+    def __reduce__(self) -> tuple[object, ...]:
+        return getattr, (_MEM_FORMAT_ENCODING, "TORCH_CONTIGUOUS_FORMAT")
 
 
 def rename_shards(folder: Path, name: str) -> None:
@@ -87,12 +109,16 @@ def test_missing_checksums_of_one_process_are_found(rank: int, folder: Path) -> 
         (lambda folder: make(folder, x=Evil()), r"__0_0\.distcp would run .*system when it is loaded: refused"),
         (lambda folder: torch.save({"a": Evil()}, folder / "meta.pt"), r"meta\.pt would run .*system"),
         (lambda folder: (folder / ".metadata").write_bytes(pickle.dumps(Evil())), r"\.metadata is refused .*system"),
+        (
+            lambda folder: (folder / ".metadata").write_bytes(pickle.dumps(Reached())),
+            r"\.metadata is refused .*getattr\(<class .*TensorProperties'>, __init__\)",
+        ),
         (lambda folder: rename_shards(folder, "../x"), r"\.metadata names \.\./x, which is not in its folder: refused"),
         (lambda folder: rename_shards(folder, "/etc/passwd"), r"\.metadata names /etc/passwd, which is not in its"),
         (lambda folder: rename_shards(folder, "meta.pt"), r"meta\.pt is no checkpoint of tensors"),
         (lambda folder: rename_shards(folder, "other.distcp"), r"other\.distcp is damaged or missing"),
     ],
-    ids=["shard", "rest", "metadata", "path out", "absolute path", "other file", "no file"],
+    ids=["shard", "rest", "metadata", "attribute", "path out", "absolute path", "other file", "no file"],
 )
 def test_what_is_no_data_is_refused_with_its_name(spoil: Callable[[Path], object], said: str, folder: Path) -> None:
     spoil(folder)

@@ -20,7 +20,9 @@ ELEMENTS = TILE // 128  # a thread's
 # take 132 * 16 * 1.755e9: 7.9 of a parameter. The same way 132 * 128 * 1.755e9 are 63 instructions of any kind, a fifth
 # of what there is (both ways of dividing counted): the step is bound by arithmetic.
 SPECIAL = 7.9
-INSTRUCTIONS = 320
+# Triton 3.6 looks the points of the lattice up once more, with two fused operations each, rather than keep them.
+AGAIN = ALLOWANCE - 1
+INSTRUCTIONS = 320 + 40 * AGAIN
 
 
 def launched(dtype, count, columns=4096):
@@ -74,7 +76,7 @@ def check(dtype, count, capability, folder):
         "cvt.rmi.ftz.f32.f32",  # a floor, of what is never between -2^-126 and 0
     }
     # Multiplications and additions are rounded one by one, but where a fused one is meant: whole numbers, remainders.
-    assert made.ptx.count("fma.rn.f32") <= 18 * ELEMENTS
+    assert made.ptx.count("fma.rn.f32") <= (18 + 2 * AGAIN) * ELEMENTS
     special = special_functions(made.ptx) + made.count(r"I2F(\..*)?")
     assert 4 * ELEMENTS <= special <= SPECIAL * ELEMENTS
     assert sum(made.counts.values()) <= INSTRUCTIONS * ELEMENTS
