@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pickle
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from unittest import mock
 
 import torch
 from hostile.world import CKPT, Case, cut, edit_checkpoint, edit_json, fit, flip_bit, write
+from torch.distributed import checkpoint as dcp
 
 PROMPT = ["generate", "--ckpt", CKPT, "--prompt", "a", "--tokenizer", "data/tokenizer.json"]
 HOLD = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
@@ -85,6 +87,20 @@ CASES = [
         lambda: edit_json("data/manifest.json", fingerprint="other"),
     ),
     Case("a folder of other things", resume(path="data"), 1, ("data is no sharded checkpoint", ".metadata", "give")),
+    Case(
+        "program in the index of shards",
+        resume(path="shards"),
+        1,
+        ("shards/.metadata", "posix.system", "--ckpt_path"),
+        lambda: write("shards/.metadata", pickle.dumps(Evil())),
+    ),
+    Case(
+        "program in a shard",
+        resume(path="shards"),
+        1,
+        ("shards/__0_0.distcp", "posix.system", "refused", "--ckpt_path"),
+        lambda: dcp.save({"x": Evil()}, checkpoint_id="shards", no_dist=True),
+    ),
     # What is made of checkpoints.
     Case("nothing to continue", ["generate", "--ckpt=no", "--prompt=a"], 1, ("--ckpt no", "no such file")),
     Case("cut, to generate", PROMPT, 1, (CKPT, "damaged", "restore"), lambda: cut(CKPT)),
