@@ -7,6 +7,7 @@ from unittest.mock import patch
 
 import torch
 from arms import DEAD_LOSS_SCALE, SMALL, without_scales
+from judge import Row
 from lightning.pytorch import Callback, LightningModule, Trainer
 from pairs import pairs
 from torch import Tensor, nn
@@ -22,34 +23,19 @@ from lightning_fp8.numerics.quantize import dequantize
 from lightning_fp8.optim import FP8AdamW
 
 
-@dataclass(frozen=True)
-class Fault:
-    """A row.
+@dataclass(frozen=True, kw_only=True)
+class Fault(Row):
+    """A row of which runs are made here.
 
     Attributes:
-        name: What goes wrong.
-        onset: The first optimizer step with the fault, counted from 1.
-        detector: The metric, or the kind of event, by which the guard sees it.
-        within: Steps from the onset to the first alarm, at most.
         clean: The run without the fault, in BF16 unless the row says otherwise.
         broken: With it.
         cured: With it, and with what the row's cure says; None where there is nothing but to tell.
-        cure: In words.
-        breaks_loss: Whether the broken run must end outside of the clean runs' range. Of a fault that is seen long
-            before the loss shows it, the metric is asserted on instead.
-        alarms_when_cured: Whether the cure acts on the alarm, which then is raised in the cured run too.
     """
 
-    name: str
-    onset: int
-    detector: str
-    within: int
     clean: Setup
     broken: Setup
     cured: Setup | None
-    cure: str
-    breaks_loss: bool = True
-    alarms_when_cured: bool = False
 
 
 @cache

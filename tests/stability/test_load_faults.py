@@ -3,13 +3,13 @@
 (The truncated shard, found when the data are opened, is in `tests/data/test_truncated.py`.)
 """
 
-from statistics import stdev
 from unittest.mock import patch
 
 import pytest
 import torch
 from arms import evaluate
 from faults import moments
+from judge import Found, Outcome, Row, complaints, mutants
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from small_models import QUIET
@@ -21,6 +21,14 @@ from lightning_fp8.data.synthetic import SyntheticBatches
 
 SETUP = Setup(skips, steps=60, lr=1e-2, optimizer=moments)
 SAVED_AT = 30
+CORRUPTED_SCALE = Row(
+    name="a corrupted scale in a checkpoint",
+    onset=0,
+    detector="refused when loaded",
+    within=1,
+    cure="an older checkpoint",
+    test="stability/test_load_faults.py",
+)
 CHECKS = ("lightning_fp8.compute.state._check", "lightning_fp8.optim.state._possible")
 
 
@@ -62,11 +70,12 @@ def corrupt(saved, where):
 
 @pytest.mark.slow
 def test_a_corrupted_scale_is_found_before_the_first_step(tmp_path):
-    clean, cured, broken = [], [], []
+    clean, broken, cured = [], [], []
     for seed in range(3):
         folder = tmp_path / str(seed)
-        clean.append(fit(folder, seed)[0])
+        clean.append(Outcome(fit(folder, seed)[0]))
         sound = folder / f"step={SAVED_AT}.ckpt"
+        refused = []
         for where in ("moments", "casts"):
             saved = torch.load(sound, weights_only=True)
             corrupt(saved, where)
@@ -74,14 +83,15 @@ def test_a_corrupted_scale_is_found_before_the_first_step(tmp_path):
             error, steps = fit(folder / "refused", seed, folder / f"{where}.ckpt")
             assert isinstance(error, ValueError)
             assert "damaged" in str(error)
-            assert steps == 0
+            refused.append(steps)
         with patch(CHECKS[0]), patch(CHECKS[1], return_value=True):
-            broken.append(fit(folder / "broken", seed, folder / "moments.ckpt")[0])
+            loss = fit(folder / "broken", seed, folder / "moments.ckpt")[0]
+        broken.append(Outcome(loss, max(refused)))
         loss, steps = fit(folder / "cured", seed, sound)
         assert steps == SETUP.steps - SAVED_AT
-        cured.append(loss)
-    print(f"\nclean {clean}\nbroken {broken}\ncured {cured}")
-    for good, bad, mended in zip(clean, broken, cured, strict=True):
-        margin = max(0.01 * good, 2 * stdev(clean))
-        assert not bad - good <= margin
-        assert abs(mended - good) <= margin
+        cured.append(Outcome(loss))
+    found = Found(clean, broken, cured)
+    print(f"\n{found}")
+    assert complaints(CORRUPTED_SCALE, found) == []
+    for missing, mutant in mutants(CORRUPTED_SCALE, found):
+        assert complaints(CORRUPTED_SCALE, mutant), missing
