@@ -21,7 +21,7 @@ HOST_READS = {"tolist", "item", "__bool__", "__float__", "__int__", "cpu", "nump
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
-    """Drawing takes longer than these runs; `test_pictures.py` has a run that draws."""
+    """Drawing takes longer than these runs; `test_monitor_settings.py` has a run that draws."""
     for name in ("draw_heat_map", "draw_layers"):
         monkeypatch.setattr(f"lightning_fp8.callbacks.monitor.{name}", lambda readings, path: None)
 

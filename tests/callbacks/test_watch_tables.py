@@ -5,8 +5,10 @@ import struct
 from io import BytesIO
 
 import pytest
+from matplotlib.axes import Axes
 
 from lightning_fp8.callbacks import Reading
+from lightning_fp8.callbacks.monitor import _table
 from lightning_fp8.callbacks.watch import table
 from lightning_fp8.callbacks.watch.limits import Limit, limit, worst_figures, worst_layers
 from lightning_fp8.callbacks.watch.pictures import draw_heat_map, draw_layers, short_name
@@ -97,6 +99,29 @@ def test_the_worst_figure_of_a_metric_is_the_largest_or_the_smallest():
 def size(picture):
     assert picture.startswith(b"\x89PNG")
     return struct.unpack(">II", picture[16:24])
+
+
+def test_the_heat_map_has_layers_down_and_steps_across(monkeypatch):
+    shown = {}
+
+    def imshow(axes, cells, **options):
+        axes.set_title = lambda title, **_: shown.update({title: cells})
+        return plain(axes, cells, **options)
+
+    plain = Axes.imshow
+    monkeypatch.setattr(Axes, "imshow", imshow)
+    draw_heat_map([reading(10, a=0.25, b=0.5), reading(20, a=0.125, b=0.0), reading(30, a=0.0, b=1.0)], BytesIO())
+    assert shown["underflow, input"] == [[0.25, 0.125, 0.0], [0.5, 0.0, 1.0]]
+    assert shown["SQNR of the worst 5 % of blocks, input (dB)"] == [[29.0] * 3] * 2
+    assert shown["kurtosis, input (log10)"] == [pytest.approx([math.log10(1.5)] * 3)] * 2
+
+
+def test_the_table_of_the_worst_layers_says_where_when_and_by_how_much():
+    shown = _table([reading(10, a=0.3, b=0.01), reading(20, a=0.0, b=0.02)], worst=2)
+    rows = list(zip(*(column.cells for column in shown.columns), strict=True))
+    assert rows[0] == ("a", "input", "10", "underflow", "0.3", "0.05", "6")
+    assert rows[1][:2] == ("b", "input")
+    assert [row.style for row in shown.rows] == ["bold red", None]
 
 
 @pytest.mark.parametrize("layers", [1, 14, 300])

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -36,6 +37,13 @@ RECIPES = {
 def no_pictures(monkeypatch):
     for name in ("draw_heat_map", "draw_layers"):
         monkeypatch.setattr(f"lightning_fp8.callbacks.monitor.{name}", lambda readings, path: None)
+
+
+def worst_blocks(exact, value):
+    """The decibels that 5 % of the blocks of 128 do not reach."""
+    signal, noise = ((x**2).reshape(-1, 128).sum(1) for x in (exact, exact - value))
+    db = np.where(noise > 0, 10 * np.log10(signal / np.where(noise > 0, noise, 1)), 63.5)[signal > 0]
+    return np.percentile(np.clip(db, 0, 63.5), 5, method="inverted_cdf")
 
 
 class One(torch.nn.Module):
@@ -80,9 +88,30 @@ def test_the_error_is_that_of_the_casts_that_the_gemms_were_given(monkeypatch, r
         assert found["amax"] == np.abs(exact).max()
         assert found["sqnr"] == pytest.approx(10 * math.log10((exact**2).sum() / noise), abs=1e-5)
         assert found["underflow"] == ((exact != 0) & (value == 0)).sum() / (exact != 0).sum()
+        cosine = (exact * value).sum() / np.linalg.norm(exact) / np.linalg.norm(value)
+        assert found["cosine_distortion"] == pytest.approx(1 - cosine, rel=1e-4, abs=1e-7)
+        assert found["block_sqnr_p5"] == pytest.approx(worst_blocks(exact, value), abs=1)
         grew = net.layer.fp8_recipe.scaling == "delayed" and role != "weight"
         assert (found["saturation"] > 0) == (found["scale_lag"] > 0) == grew
     assert figures["grad_output"]["underflow"] > 0
+    exact = given["input"][0].double().numpy()
+    energy, sizes = (exact**2).mean(0), np.abs(exact)
+    assert figures["input"]["kurtosis"] == pytest.approx((energy**2).mean() / energy.mean() ** 2, rel=1e-9)
+    lower_median = np.sort(sizes, 1)[:, (sizes.shape[1] - 1) // 2]
+    assert figures["input"]["max_median_ratio"] == pytest.approx((sizes.max(1) / lower_median).mean(), rel=1e-6)
+
+
+def test_scale_drift_is_in_octaves_since_the_last_reading(prepared, tmp_path):
+    """A scale of one tensor is its amax over the largest number of the format."""
+    monitor, readings = listening()
+    fit(tmp_path, prepared, monitor, steps=3)
+    assert {figure.value for figure in readings[0].figures() if figure.metric == "scale_drift"} == {0.0}
+    for before, now in pairwise(readings):
+        for layer in LAYERS:
+            for role in ("input", "weight", "grad_output"):
+                found, last = now.values[layer][role], before.values[layer][role]
+                assert found["scale_drift"] == pytest.approx(abs(math.log2(found["amax"] / last["amax"])), abs=1e-6)
+    assert max(figure.value for figure in readings[1].figures() if figure.metric == "scale_drift") > 0.1
 
 
 def test_a_layer_in_bf16_is_measured_as_if_it_were_cast_by_its_own_amax(prepared, tmp_path):

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from guarded import STEPS, batches_of, data_of, guard, run, trained
+from lightning.pytorch.loggers.logger import DummyLogger
 from test_precision_resume import differences
 
 from lightning_fp8.callbacks.guard import LossSpikeError, RewindRule
@@ -23,6 +24,18 @@ def without(monkeypatch, start, stop, *args, accumulate=1, batch_size=2, **optio
     with monkeypatch.context() as patched:
         patched.setattr(Mixture, "at", leap)
         return run(*args, accumulate_grad_batches=accumulate, batch_size=batch_size, **options)
+
+
+class Counts(DummyLogger):
+    """Keeps what a guard counts, by step."""
+
+    def __init__(self):
+        super().__init__()
+        self.logged = {}
+
+    def log_metrics(self, metrics, step=None):
+        counts = {name: n for name, n in metrics.items() if name.startswith("guard/")}
+        self.logged.update({step: counts} if counts else {})
 
 
 def events(folder):
@@ -73,11 +86,12 @@ def test_a_rewind_across_the_end_of_an_epoch(prepared, tmp_path, monkeypatch):
 def test_a_spike_that_comes_again_is_cut_wider_and_then_given_up(prepared, tmp_path):
     batches = batches_of(prepared, 40)
     bad = [batches[i] for i in (14, 15, 16, 17, 18)]
-    guarded = guard()
-    run(tmp_path / "a", prepared, guarded, bad=bad)
+    guarded, counts = guard(), Counts()
+    run(tmp_path / "a", prepared, guarded, bad=bad, logger=counts)
     # [14, 16) is left out, and 16, 17 come next; then [16, 16 + 2 * 2), which is past the end of it.
     assert [event.action for event in guarded.events] == ["rewind", "rewind"]
     assert "leaves out steps 16 to 19 of" in guarded.events[1].message
+    assert counts.logged == {event.step: {"guard/rewind": i + 1.0} for i, event in enumerate(guarded.events)}
     guarded = guard(rewind=RewindRule(snapshot_every=6, margin=0, max_rewinds=2))
     with pytest.raises(LossSpikeError, match="lower the learning rate"):
         run(tmp_path / "b", prepared, guarded, bad=batches[14:])
