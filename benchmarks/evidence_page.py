@@ -36,7 +36,11 @@ TITLES = {
     "sensitivity": ("Sensitivity to the learning rate", "Over three decades."),
     "ledger": ("Memory", "Bytes a parameter of weights, gradients and moments, measured after a step."),
     "presets": ("Beside FP8-LM and nanotron", "Their recipes as far as they are known; see `configs/recipes`."),
-    "faults": ("Faults", "What goes wrong, by what it is seen and when, and what cures it; losses are means."),
+    "faults": (
+        "Faults",
+        "What goes wrong, by what it is seen and when, and what cures it; losses are means. All twelve:"
+        " [Stability](stability.md).",
+    ),
     "gpu-26m": ("26 M parameters on a GPU", "40 million tokens an arm."),
     "gpu-150m": ("150 M parameters on a GPU", "66 million tokens an arm."),
 }

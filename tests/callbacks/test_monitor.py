@@ -104,15 +104,18 @@ class Operations(TorchDispatchMode):
 
 
 class Counting(Callback):
-    """Counts the operations of each batch, and the hooks that are on while it runs."""
+    """Counts the operations of each batch, and the hooks that are on while it runs, and after its backward pass."""
 
     def __init__(self):
-        self.operations, self.hooks, self.mode = [], [], None
+        self.operations, self.hooks, self.left, self.mode = [], [], [], None
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.hooks.append(hooks(pl_module))
         self.mode = Operations()
         self.mode.__enter__()
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.left.append(hooks(pl_module))
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.mode.__exit__(None, None, None)
@@ -142,10 +145,12 @@ def test_the_calls_that_are_counted_are_seen():
 
 def test_steps_between_samples_have_no_hooks_and_no_operation_more(prepared, tmp_path):
     alone, watched = Counting(), Counting()
+    fit(tmp_path, prepared, steps=1)  # the first run of a process makes tables of constants
     fit(tmp_path, prepared, alone, steps=6)
     monitor, readings = listening(every_n_steps=3)
     fit(tmp_path, prepared, monitor, watched, steps=6)
     assert [n > 0 for n in watched.hooks] == [False, False, True] * 2
+    assert watched.left == [0] * 6
     for step, (a, b) in enumerate(zip(alone.operations, watched.operations, strict=True), 1):
         assert (a == b) == (step % 3 != 0), step
     sampled = watched.operations[2]

@@ -80,7 +80,7 @@ def test_gradients_have_limits_of_their_own():
 
 
 def test_the_worst_layers_are_ranked_over_the_whole_run():
-    run = [reading(10, a=0.3, b=0.01), reading(20, a=0.0, b=0.02), reading(30, a=0.0, b=0.01)]
+    run = [reading(10, b=0.01, a=0.3), reading(20, b=0.02, a=0.0), reading(30, b=0.01, a=0.0)]
     first, second = worst_layers(run, 5)
     assert (first.step, first.figure) == (10, ("a", "input", "underflow", 0.3))
     assert first.severity == pytest.approx(6)
