@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +48,21 @@ def clean_run(folder: Path, data: Path, seed: int, recipe: str = "tensorwise") -
     command += [*RECIPES[recipe], *(f"--{name}={value}" for name, value in settings.items())]
     subprocess.run(command, check=True, timeout=7200)
     return result(folder)
+
+
+def table(runs: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """Alarms and validation losses in Markdown, a line for each seed; `runs` by recipe and seed.
+
+    The last line has the mean gaps to the runs with one scale a tensor, of the seeds that both have.
+    """
+    lines = [["seed", *(f"{recipe}: alarms, loss" for recipe in runs)], ["---"] * (1 + len(runs))]
+    for seed in next(iter(runs.values())):
+        cells = (found.get(seed) for found in runs.values())
+        lines.append([seed, *(f"{run['alarms']}, {run['loss']:.4f}" if run else "-" for run in cells)])
+    first, *others = runs.values()
+    gaps = [fmean(found[seed]["loss"] / first[seed]["loss"] - 1 for seed in found) for found in others]
+    lines.append(["mean gap", "", *(f"{gap:+.2%}" for gap in gaps)])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def result(folder: Path) -> Clean:

@@ -1,9 +1,11 @@
 """What the fault matrix says without training: its verdicts on made-up outcomes, and its table in the docs."""
 
+import json
 import math
 
 import pytest
 from clean import ROOT
+from clean import table as clean_table
 from faults import FAULTS
 from judge import Found, Outcome, Row, complaints, margins, mutants
 from matrix import ROWS, table
@@ -64,3 +66,17 @@ def test_margins_are_the_larger_of_a_hundredth_and_two_deviations() -> None:
 
 def test_the_page_has_the_table_of_the_tests() -> None:
     assert table() in PAGE
+
+
+def test_the_page_has_the_clean_runs_that_were_measured() -> None:
+    runs = json.loads((ROOT / "benchmarks/results/clean_runs.json").read_text())["runs"]
+    assert {recipe: len(found) for recipe, found in runs.items()} == {"tensorwise": 10, "delayed": 3, "bf16": 3}
+    assert not any(run["alarms"] for found in runs.values() for run in found.values())
+    assert clean_table(runs) in PAGE
+
+
+def test_gaps_of_clean_runs_are_of_the_seeds_that_both_have() -> None:
+    runs = {"a": {"0": 2.0, "1": 4.0, "2": 9.0}, "b": {"0": 2.2, "1": 4.0}}
+    shown = clean_table({k: {s: {"alarms": 0, "loss": loss} for s, loss in v.items()} for k, v in runs.items()})
+    assert shown.splitlines()[-1] == "| mean gap |  | +5.00% |"
+    assert "| 2 | 0, 9.0000 | - |" in shown
