@@ -2,7 +2,7 @@
 
     lightning-fp8 prepare --config configs/data/quickstart.yaml
     python examples/continue_pretraining.py                       # a small Llama with random weights, made here
-    lightning-fp8 prepare --tokenizer MODEL/tokenizer.json --sources '[text/]' --output_dir data/mine
+    lightning-fp8 prepare --tokenizer MODEL/tokenizer.json --sources text/ --output_dir data/mine
     python examples/continue_pretraining.py --model MODEL --data data/mine --lr 2e-5
 
 On the command line the same is `lightning-fp8 import MODEL OUTPUT`, `lightning-fp8 fit -c CONFIG -c OUTPUT/model.yaml`

@@ -56,6 +56,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     **dict.fromkeys([f"models.{name}" for name in DECODER_FILES], tuple(f"models.{name}" for name in DECODER_FILES)),
     "models.fp8_store": ("models.cache", "numerics"),
     "models.text_stream": (),
+    "models.saved": ("models.config", "models.decoder"),
     "models.accounting": ("models.config", "models.decoder"),
     "checkpoint": ("models", "numerics", "data.tokenizer", "files"),
     "callbacks": ("*",),
@@ -68,6 +69,7 @@ PURE = {
     "optim": ("torch",),
     **dict.fromkeys([f"models.{name}" for name in DECODER_FILES], ("torch",)),
     "models.accounting": ("torch",),
+    "models.saved": ("torch",),
     "metrics": ("torch", "torchmetrics"),
 }
 LIGHTNING = ("lightning", "lightning_utilities", "lightning_fabric", "pytorch_lightning")

@@ -16,7 +16,7 @@ from lightning_fp8.checkpoint.families import config_from_hf, weight_from_hf, we
 from lightning_fp8.checkpoint.integrity import check_checkpoint
 from lightning_fp8.models.config import DecoderConfig, config_from_dict
 from lightning_fp8.models.decoder import Decoder
-from lightning_fp8.models.lit import load_weights
+from lightning_fp8.models.saved import load_weights
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

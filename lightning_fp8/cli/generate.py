@@ -10,8 +10,8 @@ from lightning_fp8.data.tokenizer import end_of_text, read_tokenizer
 from lightning_fp8.models.cache import PlainStore
 from lightning_fp8.models.fp8_store import FP8Store
 from lightning_fp8.models.generate import SINKS, generate_batch
-from lightning_fp8.models.lit import load_decoder
 from lightning_fp8.models.sampling import Sampling
+from lightning_fp8.models.saved import load_decoder, trained_length
 from lightning_fp8.models.text_stream import TextStream
 
 
@@ -25,7 +25,7 @@ def continue_text(
     prompt: list[str] | str,
     tokenizer: str | None = None,
     max_new_tokens: int | None = 200,
-    window: int = 128,
+    window: int | None = None,
     sinks: int = SINKS,
     temperature: float = 0.8,
     top_k: int = 50,
@@ -42,8 +42,8 @@ def continue_text(
         prompt: The text to continue, shown as it grows; or several, '["one", "another"]', shown when all are done.
         tokenizer: A tokenizer.json; by default the one beside the checkpoint's folder, where `fit` puts it.
         max_new_tokens: How many tokens to add at most; null goes on for ever.
-        window: How many tokens the model sees at most, the first `sinks` and the last ones; at best the sequence
-            length that it was trained with; 128 is the quickstart's.
+        window: How many tokens the model sees at most, the first `sinks` and the last ones; by default the sequence
+            length that it was trained with or, of an imported model, its context length.
         sinks: First tokens that stay in sight when the text is longer than the window.
         temperature: Lower is more predictable; 0 always takes the likeliest token.
         top_k: Sample among this many likeliest tokens; 0 means all.
@@ -70,7 +70,7 @@ def continue_text(
         decoder,
         tokens,
         max_new_tokens=max_new_tokens,
-        window=window,
+        window=trained_length(ckpt) if window is None else window,
         sampling=Sampling(temperature, top_k, top_p, min_p),
         seed=seed,
         stop_token=end_of_text(words),

@@ -66,7 +66,7 @@ _SLICE_CHARACTERS = 1 << 14
 
 
 def prepare(
-    sources: Sequence[str],
+    sources: Sequence[str] | str,
     output_dir: str,
     *,
     generator: str | dict[str, Any] | None = None,
@@ -83,8 +83,9 @@ def prepare(
     A call that was killed is continued by the next one with the same inputs, and gives the same bytes.
 
     Args:
-        sources: Files or folders of text, JSON Lines or Parquet, folders that Hugging Face's
-            `Dataset.save_to_disk` wrote, or the word `stdlib`.
+        sources: A file or folder of text, JSON Lines or Parquet, a folder that Hugging Face's
+            `Dataset.save_to_disk` wrote, or the word `stdlib`; or several, `[one, another]`; or `[]`, none, beside a
+            generator.
         output_dir: The folder to write.
         generator: Class path of an iterable of documents to add, with its arguments as
             `{class_path: ..., init_args: {...}}`. It must give the same documents each time.
@@ -101,6 +102,7 @@ def prepare(
         ValueError: An argument or a source is wrong, a split would be empty, `output_dir` holds other files, or
             another process is preparing it.
     """
+    sources = [sources] if isinstance(sources, str) else sources
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction is {val_fraction}: give a share between 0 and 1, both excluded.")
     if workers is not None and workers < 1:

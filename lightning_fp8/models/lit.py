@@ -5,7 +5,6 @@ config in the checkpoint under its own key rather than as hyperparameters, becau
 of a checkpoint override, silently, what is written in YAML.
 """
 
-import pickle
 from dataclasses import asdict
 from typing import Any
 
@@ -20,12 +19,13 @@ from torch.optim import Optimizer
 
 from lightning_fp8.metrics import BitsPerByte, Perplexity
 from lightning_fp8.models.accounting import flops_per_token
-from lightning_fp8.models.config import SHAPING, DecoderConfig, config_from_dict, differences
+from lightning_fp8.models.config import SHAPING, DecoderConfig, differences
 from lightning_fp8.models.decoder import Decoder
 from lightning_fp8.models.loss import CHUNK_LOGITS
 from lightning_fp8.models.masks import documents
 from lightning_fp8.models.named_state import by_name
 from lightning_fp8.models.recompute import Recompute
+from lightning_fp8.models.saved import CONFIG_KEY, LENGTH_KEY, load_weights
 from lightning_fp8.models.sharding import copy_weights, materialize, mesh_of, shard
 from lightning_fp8.optim import (
     FP8AdamW,
@@ -35,8 +35,6 @@ from lightning_fp8.optim import (
     decay_groups,
     enable_gradient_release,
 )
-
-_CONFIG_KEY = "decoder_config"
 
 
 class DecoderLM(LightningModule):
@@ -250,8 +248,11 @@ class DecoderLM(LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Stores the config, so that a checkpoint alone is enough to build the model; names the optimizer's state."""
-        checkpoint[_CONFIG_KEY] = asdict(self.config)
+        """Stores what it takes to build and use the model from the file alone; names the optimizer's state."""
+        checkpoint[CONFIG_KEY] = asdict(self.config)
+        length = getattr(getattr(self._trainer, "datamodule", None), "sequence_length", None)
+        if isinstance(length, int):
+            checkpoint[LENGTH_KEY] = length
         if "optimizer_states" in checkpoint:
             checkpoint["optimizer_states"] = [by_name(state) for state in checkpoint["optimizer_states"]]
 
@@ -261,8 +262,8 @@ class DecoderLM(LightningModule):
         Raises:
             ValueError: They differ; all differences are named.
         """
-        if _CONFIG_KEY in checkpoint:
-            _refuse(differences(checkpoint[_CONFIG_KEY], self.config), "The checkpoint")
+        if CONFIG_KEY in checkpoint:
+            _refuse(differences(checkpoint[CONFIG_KEY], self.config), "The checkpoint")
         data: Any = getattr(self._trainer, "datamodule", None)  # there is no Trainer in load_from_checkpoint
         if hasattr(data, "recount"):
             data.recount(checkpoint)
@@ -271,42 +272,3 @@ class DecoderLM(LightningModule):
 def _refuse(found: list[str], whose: str) -> None:
     if found:
         raise ValueError(f"{whose} is of another model: {'; '.join(found)}.")
-
-
-def load_weights(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The decoder's configuration and weights in a `DecoderLM` checkpoint, read from the file as they are used.
-
-    Args:
-        path: A checkpoint file that the Trainer, or `lightning-fp8 import`, wrote.
-
-    Raises:
-        ValueError: It is not such a checkpoint.
-    """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, EOFError, LookupError, RuntimeError) as error:  # as the bytes happen to mislead it
-        raise ValueError(f"{path} is no DecoderLM checkpoint: torch.load cannot read it.") from error
-    if _CONFIG_KEY not in checkpoint:
-        raise ValueError(f"{path} is no DecoderLM checkpoint: it has no {_CONFIG_KEY!r}.")
-    prefix = "decoder."
-    weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-    return checkpoint[_CONFIG_KEY], weights
-
-
-def load_decoder(path: str) -> Decoder:
-    """The decoder of a `DecoderLM` checkpoint, on the CPU, in the dtype its weights were saved in.
-
-    Args:
-        path: A checkpoint file that the Trainer, or `lightning-fp8 import`, wrote.
-
-    Raises:
-        ValueError: It is not such a checkpoint.
-    """
-    saved, weights = load_weights(path)
-    with torch.device("meta"):
-        decoder = Decoder(config_from_dict(saved))
-    decoder.to(weights["norm.weight"].dtype).to_empty(device="cpu")
-    if decoder.config.tied_embeddings:
-        decoder.lm_head.weight = decoder.embedding.weight
-    decoder.load_state_dict(weights)
-    return decoder

@@ -79,6 +79,6 @@ def _kept_by_index(freq_i: Tensor, theta: float, scaling: RopeScaling) -> Tensor
 
 def rotate(x_bhts: Tensor, cos_ts: Tensor, sin_ts: Tensor) -> Tensor:
     """Rotates each pair (i, i + S/2) of a head by its position's angle, in fp32; tables [T, S] or [B, 1, T, S]."""
-    first, second = x_bhts.float().chunk(2, dim=-1)
-    rotated = x_bhts.float() * cos_ts + torch.cat((-second, first), dim=-1) * sin_ts
-    return rotated.to(x_bhts.dtype)
+    x = x_bhts.float()  # once: two casts would each round their part of the gradient to bf16 before it is added up
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos_ts + torch.cat((-second, first), dim=-1) * sin_ts).to(x_bhts.dtype)

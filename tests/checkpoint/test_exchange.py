@@ -17,7 +17,7 @@ from lightning_fp8.checkpoint import export_checkpoint, import_checkpoint
 from lightning_fp8.cli.main import main
 from lightning_fp8.data import TokenDataModule
 from lightning_fp8.models import DecoderConfig
-from lightning_fp8.models.lit import load_decoder
+from lightning_fp8.models.saved import load_decoder, trained_length
 
 SHAPES = {
     "qwen 3": SHAPE,
@@ -99,7 +99,9 @@ def test_the_tokenizer_goes_along(ckpt: Path, tmp_path: Path) -> None:
 def test_one_file_is_imported_with_the_configuration_beside_it(ckpt: Path, tmp_path: Path) -> None:
     export_checkpoint(str(ckpt), str(tmp_path / "hf"))
     import_checkpoint(str(tmp_path / "hf/model.safetensors"), str(tmp_path / "back"))
-    assert load_decoder(str(tmp_path / "back/checkpoints/last.ckpt")).config == SHAPE
+    imported = str(tmp_path / "back/checkpoints/last.ckpt")
+    assert load_decoder(imported).config == SHAPE
+    assert trained_length(imported) == SHAPE.context_length
 
 
 def test_an_fp8_export_is_read_back_as_what_it_stands_for(ckpt: Path, tmp_path: Path) -> None:
@@ -173,6 +175,7 @@ def test_a_model_trained_here_has_the_same_perplexity_in_transformers(
     options = ["-c", "config.yaml", "--trainer.enable_progress_bar=false"]
     main(["fit", *options, "--trainer.default_root_dir", "run"])
     (ckpt,) = Path("run").rglob("*.ckpt")
+    assert trained_length(str(ckpt)) == 16
     capsys.readouterr()
     whole = ["--fp8.enabled=false", "--trainer.limit_val_batches=1.0", "--ckpt_path", str(ckpt)]
     main(["validate", *options, *whole])

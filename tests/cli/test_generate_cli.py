@@ -49,6 +49,32 @@ def test_options_reach_the_sampling(checkpoint: Path, capsys: pytest.CaptureFixt
     assert shown(capsys, checkpoint, "--max_new_tokens", "0") == f"{PROMPT}\n"
 
 
+@pytest.mark.parametrize(
+    ("saved", "options", "seen"),
+    [({"sequence_length": 24}, [], 24), ({}, [], 96), ({"sequence_length": 24}, ["--window", "10"], 10)],
+    ids=["trained", "imported", "given"],
+)
+def test_the_window_is_the_length_that_the_model_knows(
+    saved: dict[str, int],
+    options: list[str],
+    seen: int,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    content = torch.load(checkpoint, weights_only=True)
+    content["decoder_config"]["context_length"] = 96
+    path = tmp_path / "last.ckpt"
+    torch.save(content | saved, path)
+    windows: list[int] = []
+    monkeypatch.setattr(
+        "lightning_fp8.cli.generate.generate_batch", lambda *_, window, **__: windows.append(window) or []
+    )
+    tokenizer = str(checkpoint.parent.parent / "tokenizer.json")
+    main(["generate", "--ckpt", str(path), "--prompt", PROMPT, "--tokenizer", tokenizer, *options])
+    assert windows == [seen]
+
+
 def test_characters_are_not_cut_into_bytes(
     checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,16 @@ def test_options_come_from_yaml_and_the_command_line(flag: str, tmp_path: Path) 
     assert (manifest["vocab_size"], manifest["seed"]) == (260, 1)
 
 
+@pytest.mark.parametrize("written", ["{}", "[{}]"])
+def test_one_source_needs_no_brackets(written: str, tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    for i in range(16):
+        (tmp_path / f"text/{i}.txt").write_text(f"{i} few words")
+    options = ["--val_fraction", "0.5", "--seed", "1", "--vocab_size", "260", "--workers", "1"]
+    main(["prepare", "--sources", written.format(tmp_path / "text"), "--output_dir", str(tmp_path / "data"), *options])
+    assert json.loads((tmp_path / "data/manifest.json").read_text())["sources"] == [str(tmp_path / "text")]
+
+
 def test_a_misspelt_option_is_told_briefly(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["prepare", "--souces", "x"])

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from lightning_fp8 import FP8Precision
 from lightning_fp8.models import Decoder, DecoderConfig, DecoderLM
 from lightning_fp8.models.config import RopeScaling
-from lightning_fp8.models.lit import load_decoder
+from lightning_fp8.models.saved import load_decoder
 from lightning_fp8.optim import FP8AdamW, WarmupCosine
 
 SHAPE = DecoderConfig(vocab_size=64, hidden_size=64, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=96)

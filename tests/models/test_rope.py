@@ -6,7 +6,7 @@ import torch
 
 from lightning_fp8.models import DecoderConfig
 from lightning_fp8.models.config import RopeScaling
-from lightning_fp8.models.rope import frequencies, rotary_tables
+from lightning_fp8.models.rope import frequencies, rotary_tables, rotate
 
 CONFIG = DecoderConfig(hidden_size=64, num_heads=4, num_kv_heads=4)  # heads of 16: 8 pairs
 PLAIN = [10000 ** (-i / 8) for i in range(8)]
@@ -58,6 +58,21 @@ def test_yarn_sharpens_attention() -> None:
         config = replace(CONFIG, rope_scaling=RopeScaling("yarn", 8.0, original_context=512, attention_factor=given))
         cos, sin = rotary_tables(torch.arange(9), config)
         torch.testing.assert_close(cos**2 + sin**2, torch.full_like(cos, expected**2))
+
+
+def test_a_rotation_and_its_gradient_are_rounded_once() -> None:
+    """In bf16 both are what fp32 gives, rounded at the end: the two parts of a gradient are added up before."""
+    tables = rotary_tables(torch.arange(9), CONFIG)
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(2, 3, 9, 16, generator=generator).bfloat16() for _ in range(2))
+    (narrow, dx), (wide, dx_wide) = (_rotated(x.to(dtype), dy.to(dtype), tables) for dtype in (x.dtype, torch.float32))
+    torch.testing.assert_close(narrow, wide.bfloat16(), rtol=0, atol=0)
+    torch.testing.assert_close(dx, dx_wide.bfloat16(), rtol=0, atol=0)
+
+
+def _rotated(x: torch.Tensor, dy: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
+    y = rotate(x.requires_grad_(), *tables)
+    return [y, *torch.autograd.grad(y, x, dy)]
 
 
 @pytest.mark.parametrize(

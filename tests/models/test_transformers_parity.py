@@ -125,7 +125,7 @@ def test_logits_and_gradients_in_bf16(config: DecoderConfig) -> None:
 
 
 def test_no_more_gradients_are_beyond_the_bar_in_bf16_than_in_transformers() -> None:
-    """Of all families' tensors, those further than 1e-2 from fp32: 63 of ours, 91 of theirs, where this was written.
+    """Of 374 tensors in all families, further than 1e-2 from fp32 when this was written: 61 of ours, 91 of theirs.
 
     So no implementation in bf16 can be within 1e-2 of another in every tensor.
     """
