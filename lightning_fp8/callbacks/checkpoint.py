@@ -6,7 +6,6 @@ price of a checkpoint more on disk, and of a third one while one is being writte
 
 import os
 import shutil
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,8 @@ class LastCheckpoint(ModelCheckpoint):
     Lightning's ModelCheckpoint, asked for the last state every n steps, leaves out the steps after the last multiple
     of n; the final weights of a run are what most people want from it. `--ckpt_path last` resumes from it, or, with a
     warning, from the one before if it is damaged. A disk without room costs a save and a warning, and ends the run only
-    if it is the last save. Both need a process that is alone: several would have to agree, so there a damaged
-    checkpoint or a full disk ends the job with a line that names it, and leaves the checkpoint before.
+    if it is the last save. That needs a process that is alone: where others wait for it in the middle of a save, a full
+    disk ends the job with a line that names it, and leaves the checkpoint before.
 
     SIGTERM, by which clusters announce that they take a machine back, has the run save after the batch and end with
     exit code 0; amid accumulated gradients, which no checkpoint holds, it leaves the checkpoint of an earlier step.
@@ -48,9 +47,10 @@ class LastCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, every_n_steps: int = 100) -> None:
-        if every_n_steps < 1:
+        if not (isinstance(every_n_steps, int) and every_n_steps >= 1):  # the command line lets null through
             raise ValueError(f"LastCheckpoint.every_n_steps is {every_n_steps}; it must be 1 or more.")
         super().__init__(save_last=True, save_top_k=0, every_n_train_steps=every_n_steps, enable_version_counter=False)
+        self._damaged = False  # what is in the place of the newest
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Puts checkpoints where they are looked for, whatever the logger; those written in the background, too."""
@@ -81,6 +81,9 @@ class LastCheckpoint(ModelCheckpoint):
             trainer.strategy.barrier()
             add_checksums(Path(unfinished), trainer.global_rank, trainer.world_size)
             trainer.strategy.barrier()
+        if trainer.is_global_zero and self._damaged:  # it must not take the place of the one before, which is whole
+            _delete(filepath)
+        self._damaged = False
         if trainer.is_global_zero and (sharded or not isinstance(trainer.strategy.checkpoint_io, AsyncCheckpointIO)):
             put_in_place(unfinished, filepath)
         trainer.strategy.barrier()
@@ -101,23 +104,26 @@ class LastCheckpoint(ModelCheckpoint):
             )
 
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
-        """Where `ckpt_path="last"` looks: in each process, for they cannot speak to each other yet.
-
-        So with several processes a damaged checkpoint ends the job: they might not agree to take the one before.
+        """Where `ckpt_path="last"` looks: one process reads the newest checkpoint, and says what all are to take.
 
         Raises:
-            ValueError: It is damaged, and so is the one before, or there are several processes.
+            ValueError: It is damaged, and there is none before it or that is damaged, too; in each process.
         """
         path = os.path.join(self._folder(trainer), f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
-        recover(path)
-        if trainer.world_size == 1:
-            found = newest_whole(path)
-            return {found} if found else set()
-        if not os.path.exists(path):
-            return set()
-        if trainer.is_global_zero:  # one reads it all
-            check_checkpoint(path)
-        return {path}
+        if trainer.world_size > 1:  # Lightning does so a little later, too, and nothing the second time
+            trainer.strategy.setup_environment()
+        found: str | Exception | None = None
+        if trainer.is_global_zero:
+            try:
+                recover(path)
+                found = newest_whole(path)
+            except (OSError, ValueError) as error:
+                found = error
+        found = trainer.strategy.broadcast(found)
+        if isinstance(found, Exception):
+            raise found
+        self._damaged = found not in (None, path)
+        return {found} if found else set()
 
     def _folder(self, trainer: Trainer) -> str:
         return str(self.dirpath or os.path.join(trainer.default_root_dir, "checkpoints"))
@@ -159,10 +165,16 @@ def put_in_place(new: str, path: str) -> None:
 
 
 def recover(path: str) -> None:
-    """Moves a checkpoint that was moved aside back, if no other took its place; several processes may at once."""
+    """Moves a checkpoint that was moved aside back, if no other took its place."""
     if not os.path.exists(path) and os.path.exists(f"{path}{_PREVIOUS}"):
-        with suppress(OSError):  # another has
-            os.replace(f"{path}{_PREVIOUS}", path)
+        os.replace(f"{path}{_PREVIOUS}", path)
+
+
+def _delete(path: str) -> None:
+    if os.path.isdir(path):
+        shutil.rmtree(path)
+    else:
+        Path(path).unlink(missing_ok=True)
 
 
 class _PutInPlace(CheckpointIO):

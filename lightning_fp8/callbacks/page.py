@@ -4,6 +4,7 @@ A run that was killed has a page too: each part is there if what it is made of i
 content to HTML; pictures are drawn anew and lie in the page as data.
 """
 
+import csv
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,16 +49,16 @@ def read_run(folder: Path) -> Run:
     """What is in a run's folder.
 
     Raises:
-        ValueError: It holds no run.
+        ValueError: It holds no run, or a file of it is damaged.
     """
     summary, config, events = (folder / name for name in ("summary.json", "config.yaml", "events.jsonl"))
     run = Run(
         name=str(folder),
-        rows=RunLog(str(folder)).rows(),
+        rows=_rows(RunLog(str(folder))),
         readings=table.read(folder),
-        events=_json_lines(events.read_text()) if events.exists() else [],
-        summary=json.loads(summary.read_text()) if summary.exists() else {},
-        config=config.read_text() if config.exists() else "",
+        events=_json_lines(events) if events.exists() else [],
+        summary=_json_object(summary.read_text(errors="replace"), summary) if summary.exists() else {},
+        config=config.read_text(errors="replace") if config.exists() else "",
     )
     if not run.rows and not run.readings:
         raise ValueError(f"{folder} holds no run: there are no rows in a metrics.csv or fp8.csv. Give a run's folder.")
@@ -147,6 +148,30 @@ def _curve(run: Run, name: str, label: str) -> str:
     return picture(partial(plot_series, run.rows, name, label), f"{label} over steps")
 
 
-def _json_lines(text: str) -> list[dict[str, Any]]:
+def _rows(log: RunLog) -> list[dict[str, str]]:
+    """Those of `metrics.csv`, all of whose cells are numbers."""
+    try:
+        rows = log.rows()
+        for row in rows:
+            int(row["step"])
+            for cell in filter(None, row.values()):
+                float(cell)
+    except (ValueError, LookupError, TypeError, csv.Error) as error:
+        raise ValueError(f"{log.file} is damaged ({error}): correct it, or restore it from a copy.") from error
+    return rows
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
     """The objects, one a line; a last line that a kill cut is left out."""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n") and line.strip()]
+    lines = path.read_text(errors="replace").splitlines(keepends=True)
+    return [_json_object(line, path) for line in lines if line.endswith("\n") and line.strip()]
+
+
+def _json_object(text: str, path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it, and the page is made without it.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged (no JSON object): remove it, and the page is made without it.")
+    return content

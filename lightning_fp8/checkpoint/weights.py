@@ -6,6 +6,7 @@ and a folder of a sharded one (`ModelParallelStrategy` writes it), which is put 
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,7 +88,12 @@ def open_hf(path: Path) -> Weights:
     folder = path if path.is_dir() else path.parent
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json; give a folder as transformers' save_pretrained writes it.")
-    config = config_from_hf(json.loads((folder / "config.json").read_text()))
+    try:
+        config = config_from_hf(_read_object(folder / "config.json"))
+    except (TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        raise ValueError(
+            f"{folder / 'config.json'} lacks a value or has one of another type ({error!r}): restore it from a copy."
+        ) from error
     files = _files(path)
     if config.tied_embeddings:
         files.pop("lm_head.weight", None)
@@ -104,13 +110,44 @@ def open_hf(path: Path) -> Weights:
     return _checked(config, [weight_from_hf(name) for name in files if name not in scales], read, path)
 
 
+def _read_object(path: Path) -> dict[str, Any]:
+    """The object of a JSON file.
+
+    Raises:
+        ValueError: It holds none.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}): restore it from a copy.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object: restore it from a copy.")
+    return content
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A file of safetensors.
+
+    Raises:
+        ValueError: It is none, or cut short.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or not safetensors ({error}): restore it from a copy.") from error
+
+
 def _files(path: Path) -> dict[str, Path]:
     """Where each tensor is."""
-    from safetensors import safe_open
-
     folder = path if path.is_dir() else path.parent
     if path.is_dir() and (path / INDEX).is_file():
-        files = json.loads((path / INDEX).read_text())["weight_map"]
+        files = _read_object(path / INDEX).get("weight_map")
+        if not (isinstance(files, dict) and all(isinstance(file, str) for file in files.values())):
+            raise ValueError(f"{path / INDEX} has no weight_map from tensors to files: restore it from a copy.")
         for name, file in files.items():
             if Path(file).name != file:
                 raise ValueError(f"{path / INDEX}: {name} is in {file}, outside of its folder: do not use this model.")
@@ -118,14 +155,12 @@ def _files(path: Path) -> dict[str, Path]:
     single = path / SINGLE if path.is_dir() else path
     if not single.is_file():
         raise ValueError(f"{path} has neither {SINGLE} nor {INDEX}; weights in other formats are not read.")
-    with safe_open(single, "pt") as file:
+    with _opened(single) as file:
         return dict.fromkeys(file.keys(), single)
 
 
 def _read_safetensor(path: Path, name: str) -> Tensor:
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
+    with _opened(path) as file:
         tensor: Tensor = file.get_tensor(name)
     return tensor
 

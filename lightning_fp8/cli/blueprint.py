@@ -28,8 +28,15 @@ class Blueprint(FP8CLI):
             self.model.configure_model()
 
     def example(self) -> Tensor:
-        """The input tokens [B, T] of one micro-batch, on the meta device."""
+        """The input tokens [B, T] of one micro-batch, on the meta device.
+
+        Raises:
+            ValueError: There are none.
+        """
         data: Any = self.config.data
+        for name in ("batch_size", "sequence_length"):
+            if data[name] < 1:
+                raise ValueError(f"data.{name} is {data[name]}; it must be 1 or more.")
         return torch.zeros(data.batch_size, data.sequence_length, dtype=torch.int64, device="meta")
 
 

@@ -15,6 +15,8 @@ from lightning_fp8.cli.fit import FP8CLI, start
 from lightning_fp8.parity.arms import DEFAULT, Arm
 from lightning_fp8.parity.trials import Config
 
+_SEEDS = 2**32  # as many as numpy takes
+
 
 class ShortErrors(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
@@ -47,12 +49,14 @@ def check(args: argparse.Namespace) -> None:
     """Refuses options that no parser can.
 
     Raises:
-        ValueError: There is no configuration, a seed comes twice, or there are no jobs.
+        ValueError: There is no configuration, a seed is none or comes twice, or there are no jobs.
     """
     if not args.config:
         raise ValueError("Give the configuration to compare with, as for `fit`: -c configs/quickstart.yaml.")
     if len(set(args.seeds)) < len(args.seeds):
         raise ValueError(f"--seeds {' '.join(map(str, args.seeds))} has one more than once.")
+    if not all(0 <= seed < _SEEDS for seed in args.seeds):
+        raise ValueError(f"--seeds {' '.join(map(str, args.seeds))} must be from 0 to {_SEEDS - 1}.")
     if args.jobs < 1:
         raise ValueError(f"--jobs {args.jobs} must be 1 or more.")
 
@@ -66,7 +70,7 @@ def configuration(files: Sequence[str], arm: Arm, options: Sequence[str]) -> Con
         options: Of `fit`, over all.
 
     Raises:
-        ValueError: `fit` does not take it; it has said why.
+        SystemExit: `fit` does not take it, and has said why; the code is its own.
     """
     with tempfile.NamedTemporaryFile("w", suffix=f"-{arm.name}.yaml") as overlay:
         yaml.safe_dump(dict(arm.overlay), overlay)
@@ -78,6 +82,9 @@ def configuration(files: Sequence[str], arm: Arm, options: Sequence[str]) -> Con
                 start(FP8CLI, ["lightning-fp8", "fit", *given, *options, "--print_config"])
         except SystemExit as stopped:
             if stopped.code:
-                raise ValueError(f"The arm {arm.name!r} is no configuration of `fit`, for the reason above.") from None
+                sys.stderr.write(
+                    f"lightning-fp8: The arm {arm.name!r} is no configuration of `fit`, for the reason above.\n"
+                )
+                raise
     config: Config = yaml.safe_load(printed.getvalue())
     return config

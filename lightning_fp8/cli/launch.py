@@ -54,11 +54,12 @@ def check_processes(accelerator: object, devices: object) -> None:
     """
     cores = os.cpu_count() or 1
     on_cpu = accelerator == "cpu" or (accelerator in (None, "auto") and hardware.device_type() == "cpu")
-    if not on_cpu or not isinstance(devices, int | str) or devices == "auto":
+    if not on_cpu or not isinstance(devices, int | str | list) or devices == "auto":
         return
-    if not str(devices).isdecimal() or int(devices) < 1:
+    number = int(str(devices)) if str(devices).isdecimal() else 0  # a list of GPUs is no number, either
+    if number < 1:
         raise ValueError(f"trainer.devices is {devices}: on a CPU it is a number of processes, 1 or more.")
-    if int(devices) > _A_CORE * cores:
+    if number > _A_CORE * cores:
         raise ValueError(
             f"trainer.devices is {devices}: on a CPU that many processes would start, and this machine has {cores}"
             f" cores. Set it to {cores} or less."

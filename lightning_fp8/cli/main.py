@@ -43,6 +43,8 @@ _REMEDIES = {
     errno.EEXIST: "a file is there; give another path",
     errno.EISDIR: "it is a folder; give a file",
 }
+_NO_MEMORY = ("can't allocate memory", "Storage size calculation overflowed")  # torch's, of a CPU and of "meta"
+_HEAD, _TAIL = 180, 100  # what is kept of a long line of a message: what is wrong, and the remedy
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -107,7 +109,7 @@ def _reason(error: Exception) -> str:
     name = type(error).__name__
     if isinstance(error, ValueError | OSError) or name == "MisconfigurationException":
         return str(error)
-    if isinstance(error, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in str(error):
+    if isinstance(error, MemoryError) or name == "OutOfMemoryError" or any(map(str(error).__contains__, _NO_MEMORY)):
         return (
             "There is not enough memory: make the model, data.batch_size or data.sequence_length smaller;"
             " `lightning-fp8 estimate` says what they need."
@@ -121,5 +123,9 @@ def _reason(error: Exception) -> str:
 
 def _fail(message: str, code: int) -> NoReturn:
     lines = [line for line in message.splitlines() if line.strip()]
-    print("lightning-fp8: " + "\n  ".join(lines[:3]), file=sys.stderr)
+    print("lightning-fp8: " + "\n  ".join(map(_short, lines[:3])), file=sys.stderr)
     raise SystemExit(code)
+
+
+def _short(line: str) -> str:
+    return line if len(line) <= _HEAD + _TAIL else f"{line[:_HEAD]} … {line[-_TAIL:]}"

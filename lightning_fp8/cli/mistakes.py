@@ -51,6 +51,8 @@ def wrong_file(argv: Sequence[str]) -> str | None:
             return f"{file} is not a text file (byte {error.start} is not UTF-8): give a YAML file."
         except OSError as error:
             return f"{file} cannot be read ({error.strerror}): give a YAML file that you may read."
+        except RecursionError:
+            return f"{file} nests too deeply: write a mapping of options."
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             at = f"{file}:{mark.line + 1}" if mark else file
@@ -58,16 +60,28 @@ def wrong_file(argv: Sequence[str]) -> str | None:
             return f"{at}: {problem}: correct the YAML; tags that make objects are not read."
         if not isinstance(content, dict):
             return f"{file} holds no mapping of options: write lines such as `trainer: ...`."
+        if wrong := [key for key in content if not isinstance(key, str)]:
+            return f"{file}: {wrong[0]} is no name of an option: write lines such as `trainer: ...`."
     return None
 
 
-def unknown_empty(parser: ArgumentParser, argv: Sequence[str]) -> str | None:
-    """What is wrong with a key that there is not and whose value is `{}`, of which jsonargparse makes nothing."""
+def passed_over(parser: ArgumentParser, argv: Sequence[str]) -> str | None:
+    """What is wrong with a key of which jsonargparse says nothing; None if nothing is.
+
+    These are keys that there are not and whose value is `{}`, and keys of options with others below them, such as
+    `trainer`, whose value is not a mapping of these (or the path of a file that is one).
+    """
     options = set(_options(parser))
     for file in config_files(argv):
         for key, class_path, value in _keys(yaml.safe_load(Path(file).read_text(encoding="utf-8")), "", None):
             if value == {} and not _is_known(key, class_path, options):
                 return _on_unknown(key.rpartition(".")[2] if class_path else key, parser, argv)
+            if class_path or isinstance(value, dict) or not _has_parts(key, options):
+                continue
+            if not (isinstance(value, str) and Path(value).is_file()):
+                below = next(option for option in _options(parser) if option.startswith(f"{key}."))
+                first = f"{key} is {str(value)[:120]} (in {file}: {key})"
+                return f"{first}\nIt must be a mapping of options such as {below}."
     return None
 
 

@@ -1,6 +1,7 @@
 """`lightning-fp8 parity`: trains paired arms of a configuration, or takes runs there are, and says what can be said."""
 
 import argparse
+import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,7 +42,7 @@ def options() -> ShortErrors:
 def run(args: list[str]) -> None:
     """Compares, for the options in `args`, the verb first."""
     given, of_fit = options().parse_known_args(args[1:])
-    if given.bar <= 0:
+    if not 0 < given.bar < math.inf:
         raise ValueError(f"--bar {given.bar} is a percentage above 0.")
     comparison = logged(given) if given.runs else trained(given, of_fit)
     print(markdown(write(comparison, given.output, shlex.join(["lightning-fp8", *args]))))

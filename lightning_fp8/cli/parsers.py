@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser, auto_cli
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lightning_fp8.cli.mistakes import explain, unknown_empty, wrong_file
+from lightning_fp8.cli.mistakes import explain, passed_over, wrong_file
 
 # What jsonargparse says of a value for each type that it is not meant to be.
 _OF_OTHER_TYPES = (
@@ -38,8 +38,8 @@ class OneLineErrors(ArgumentParser):
     """An argument parser with short errors."""
 
     def parse_args(self, args: Any = None, *further: Any, **options: Any) -> Any:
-        """Parses; a key that is not known is an error also where nothing is in it."""
-        if complaint := unknown_empty(self, sys.argv[1:] if args is None else args):
+        """Parses; what jsonargparse passes over in a file is an error, too."""
+        if complaint := passed_over(self, sys.argv[1:] if args is None else args):
             refuse(complaint)
         return super().parse_args(args, *further, **options)
 

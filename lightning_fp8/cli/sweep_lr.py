@@ -32,8 +32,9 @@ def run(args: list[str]) -> None:
     """Sweeps, for the options in `args`, the verb first."""
     given, of_fit = options().parse_known_args(args[1:])
     check(given)
-    if given.rates and (min(given.rates) <= 0 or len(set(given.rates)) < max(2, len(given.rates))):
-        raise ValueError("--rates needs two learning rates or more, above 0 and different.")
+    rates = given.rates or []
+    if given.rates and (len(rates) < 2 or len(set(rates)) < len(rates) or not all(0 < r < math.inf for r in rates)):
+        raise ValueError("--rates needs two learning rates or more: different, finite, and above 0.")
     arms = choose(given.arms)
     configs = {arm.name: configuration(given.config, arm, of_fit) for arm in arms}
     rates = sorted(given.rates) if given.rates else rates_around(learning_rate(configs[arms[0].name]), given.count)

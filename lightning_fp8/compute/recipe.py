@@ -204,6 +204,8 @@ def resolve_recipe(recipe: str | Mapping[str, Any] | Recipe) -> Recipe:
     if isinstance(recipe, str):
         _check_choice("preset", recipe, tuple(PRESETS))
         return PRESETS[recipe]
+    if not isinstance(recipe, Mapping):
+        raise ValueError(f"FP8 recipe: {recipe!r} is neither a mapping nor one of {', '.join(PRESETS)}.")
     try:
         return _changed(dict(recipe))
     except (TypeError, AttributeError, LookupError) as error:

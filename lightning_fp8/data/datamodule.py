@@ -267,6 +267,8 @@ def _check_schedule(schedule: Mapping[int, int], sequence_length: int) -> dict[i
 
 
 def _check_weights(weights: Mapping[str, float]) -> dict[str, float]:
+    if not isinstance(weights, Mapping):  # the command line lets null through
+        raise ValueError(f"data.path is {weights}: give the folder that `lightning-fp8 prepare` wrote.")
     wrong = [path for path, weight in weights.items() if not 0 < weight < float("inf")]
     if wrong or not weights:
         raise ValueError(f"path {dict(weights)} must name at least one folder, each with a positive weight.")

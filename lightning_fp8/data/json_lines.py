@@ -66,7 +66,7 @@ def read_texts(path: Path) -> Iterator[Iterator[Part]]:
 def _text_of(line: bytes, path: Path, number: int) -> str:
     try:
         text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         text = None
     if not isinstance(text, str):
         raise _error(path, number)

@@ -87,12 +87,18 @@ def trial(arm: str, config: Config, seed: int, folder: Path, *, steps: int | Non
         rate: A learning rate in the place of the configuration's.
 
     Raises:
-        ValueError: The number of steps is not known or not positive, or there is no learning rate to set.
+        ValueError: The number of steps is not known or not positive, there is no learning rate to set, or the
+            configuration leaves out the validation whose losses are to be compared.
     """
     trainer = dict(config["trainer"])
     steps = steps if steps is not None else _steps(config)
     if steps < 1:
         raise ValueError(f"--steps {steps} must be 1 or more.")
+    if trainer.get("limit_val_batches") == 0:
+        raise ValueError(
+            f"trainer.limit_val_batches is 0 in the arm {arm!r}, so it has no validation loss to compare: set it to"
+            " a number of batches, or leave it out."
+        )
     place = folder / (f"{arm}-{seed}" if rate is None else f"{arm}-{rate:.3g}-{seed}")
     trainer |= {
         "default_root_dir": str(place),

@@ -26,7 +26,7 @@ class Recorder(LastCheckpoint):
         self.files |= {path.name for path in Path(filepath).parent.iterdir()}
 
 
-def fit(folder: Path, callback: LastCheckpoint, **options: Any) -> None:
+def fit(folder: Path, callback: LastCheckpoint, ckpt_path: str | None = None, **options: Any) -> None:
     trainer = Trainer(
         accelerator="cpu",
         logger=False,
@@ -37,7 +37,7 @@ def fit(folder: Path, callback: LastCheckpoint, **options: Any) -> None:
         limit_val_batches=1,
         **options,
     )
-    trainer.fit(BoringModel(), ckpt_path=options.pop("ckpt_path", None))
+    trainer.fit(BoringModel(), ckpt_path=ckpt_path)
 
 
 @pytest.mark.parametrize(
@@ -76,6 +76,15 @@ def test_a_save_that_breaks_off_leaves_the_checkpoint_before_it(
     with pytest.raises(RuntimeError, match="killed"):
         fit(tmp_path, LastCheckpoint(2), max_steps=4)
     assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
+
+
+def test_a_damaged_checkpoint_takes_no_place_of_the_one_before(tmp_path: Path) -> None:
+    fit(tmp_path, LastCheckpoint(2), max_steps=4)
+    last, previous = (tmp_path / "checkpoints" / name for name in ("last.ckpt", "last.ckpt.previous"))
+    last.write_bytes(last.read_bytes()[:-100])
+    with pytest.warns(UserWarning, match="Going on from the one before it"):
+        fit(tmp_path, LastCheckpoint(2), max_steps=4, ckpt_path="last")
+    assert [torch.load(path, weights_only=True)["global_step"] for path in (last, previous)] == [4, 2]
 
 
 @pytest.mark.parametrize("calls_before_the_kill", range(5))

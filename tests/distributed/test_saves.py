@@ -3,7 +3,9 @@
 import os
 import signal
 import threading
+from pathlib import Path
 
+import jobs
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,6 +18,7 @@ from states import differences
 
 from lightning_fp8 import FP8Precision
 from lightning_fp8.callbacks import LastCheckpoint
+from lightning_fp8.checkpoint.integrity import check_checkpoint
 
 EVERY, STEPS = 2, 6
 OPTIONS = {"enable_checkpointing": True, "batch": 6}
@@ -130,3 +133,44 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_checkpoint_before(prepared, t
     assert left == {"last.ckpt", "last.ckpt.unfinished"}
     (tmp_path / "rendezvous").unlink(missing_ok=True)
     spawn(resume, 2, tmp_path, prepared, name)
+
+
+def damage(checkpoint):
+    """Turns a bit of a file over, or of the last shard of a folder, which no process but the last reads."""
+    path = Path(max(checkpoint.glob("*.distcp")) if checkpoint.is_dir() else checkpoint)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "torchrun", "options"),
+    [
+        ("strategy/fsdp2", ("--standalone", "--nproc-per-node", "2"), ()),
+        pytest.param("strategy/ddp", (), ("--trainer.devices=2",), marks=pytest.mark.slow),
+    ],
+    ids=["sharded", "file"],
+)
+def test_all_processes_take_the_checkpoint_before_a_damaged_one(prepared, tmp_path, strategy, torchrun, options):
+    def fit(*more):
+        return jobs.fit(tmp_path, prepared, *options, *more, strategy=strategy, torchrun=torchrun)
+
+    status, printed = fit()  # saves 2, 4, 6 and 8
+    assert status == 0, printed[-3000:]
+    expected, last = jobs.curve(tmp_path), tmp_path / "run/checkpoints/last.ckpt"
+    previous = last.with_name("last.ckpt.previous")
+    damage(last)
+    status, printed = fit("--ckpt_path=last")
+    assert status == 0, printed[-3000:]
+    assert printed.count("Going on from the one before it") == 1
+    assert jobs.curve(tmp_path) == expected
+    for path in (last, previous):  # the damaged one has taken no other's place
+        check_checkpoint(path)
+    damage(last)
+    damage(previous)
+    status, printed = fit("--ckpt_path=last")
+    assert status == 1
+    assert f"{previous.name}" in printed
+    assert "--ckpt_path PATH" in printed
+    assert "lightning-fp8: " in printed
+    assert "ValueError" not in printed  # no traceback but torchrun's own

@@ -126,6 +126,48 @@ CASES = [
     Case("binary YAML", fit(), 2, ("config.yaml", "UTF-8", "YAML"), lambda: write("config.yaml", bytes(range(256)))),
     Case("empty YAML", fit(), 2, ("config.yaml", "no mapping", "trainer:"), lambda: write("config.yaml", "")),
     Case("list for YAML", fit(), 2, ("config.yaml", "no mapping", "trainer:"), lambda: write("config.yaml", "- 1")),
+    Case(
+        "YAML in YAML in YAML", fit(), 2, ("config.yaml", "deep", "mapping"), lambda: write("config.yaml", "[" * 5000)
+    ),
+    Case("number for a key", fit(), 2, ("config.yaml: 3", "no name", "trainer:"), lambda: write("config.yaml", "3: 4")),
+    # Something else where options are to stand.
+    *(
+        Case(
+            f"{value} for {group} of {at or 'all'}",
+            fit(),
+            2,
+            (group, "config.yaml:", "mapping"),
+            in_yaml(at, **{group: value}),
+        )
+        for at, group in (("", "model"), ("", "trainer"), ("", "data"), ("", "fp8"), ("model", "config"))
+        for value in (None, [1], "llama")
+    ),
+    Case(
+        "callbacks by number",
+        fit(),
+        2,
+        ("trainer.callbacks is 3", "config.yaml:", "list"),
+        in_yaml("trainer", callbacks=3),
+    ),
+    Case(
+        "arguments in a list",
+        fit(),
+        2,
+        ("trainer.callbacks", "config.yaml:"),
+        in_yaml("trainer.callbacks.0", init_args=[1, 2]),
+    ),
+    Case(
+        "saves at null",
+        fit(),
+        1,
+        ("LastCheckpoint.every_n_steps is None", "1 or more"),
+        callback("lightning_fp8.callbacks.LastCheckpoint", every_n_steps=None),
+    ),
+    Case("recipe null", fit(), 1, ("FP8 recipe", "None", "tensorwise"), in_yaml("fp8", recipe=None)),
+    Case(
+        "recipe in a list", fit(), 2, ("fp8.recipe is [1]", "config.yaml:", "str or dict"), in_yaml("fp8", recipe=[1])
+    ),
+    Case("data nowhere", fit(), 1, ("data.path is None", "lightning-fp8 prepare"), in_yaml("data", path=None)),
     # Values of other types, unknown names.
     Case("word for a number", fit("--data.batch_size", "many"), 2, ("batch_size", "many", "--data.", "type int")),
     Case("fraction", fit("--model.config.num_layers", "1.5"), 2, ("num_layers", "1.5", "--model.", "type int")),
@@ -155,6 +197,13 @@ CASES = [
     ),
     Case("processes", fit("--trainer.devices=99999"), 1, ("trainer.devices is 99999", "cores", "or less")),
     Case("processes below 0", fit("--trainer.devices=-3"), 1, ("trainer.devices is -3", "1 or more")),
+    Case("processes by number", fit("--trainer.devices=[0, 1]"), 1, ("trainer.devices is [0, 1]", "1 or more")),
+    Case(
+        "strategy's class",
+        fit("--trainer.strategy=lightning.pytorch.strategies.Nope"),
+        1,
+        ("strategies.nope", "an instance of", "complete list of options"),
+    ),
     Case("nodes", fit("--trainer.num_nodes=99999"), 1, ("trainer.num_nodes is 99999", "srun or torchrun")),
     Case("nodes below 1", fit("--trainer.num_nodes=0"), 1, ("trainer.num_nodes is 0", "1 or more")),
     Case("processes in words", fit("--trainer.devices=many"), 1, ("trainer.devices is many", "1 or more")),
@@ -176,6 +225,38 @@ CASES = [
     Case("saves", fit("--trainer.callbacks.every_n_steps=0"), 1, ("LastCheckpoint.every_n_steps is 0", "1 or more")),
     Case("seed", fit("--seed_everything=-1"), 1, ("seed_everything: -1", "from 0 to")),
     Case("tokens", fit("--trainer.max_steps=-1", "--max_tokens=much"), 1, ("max_tokens 'much'", "300M")),
+    # Of what only looks at a configuration.
+    Case("plan without a batch", ["plan", *fit("--data.batch_size=0")[1:]], 1, ("data.batch_size is 0", "1 or more")),
+    Case(
+        "estimate without a sequence",
+        ["estimate", *fit("--hardware=h100", "--data.sequence_length=-1")[1:]],
+        1,
+        ("data.sequence_length is -1", "1 or more"),
+    ),
+    Case(
+        "estimate without end",
+        ["estimate", *fit("--model.config.hidden_size=2000000000")[1:]],
+        1,
+        ("not enough memory", "smaller"),
+    ),
+    Case("plan without FP8", ["plan", *fit("--fp8.enabled=false")[1:]], 1, ("fp8.enabled is false", "true")),
+    Case("device of no datasheet", ["plan", *fit("--device=h900")[1:]], 2, ("--device", "'h900'", "'h100'")),
+    # Of comparisons.
+    Case(
+        "comparison of a key", ["parity", *fit("--steps=2", "--trainer.max_stepz=3")[1:]], 2, ("max_stepz", "'trainer.")
+    ),
+    Case("comparison of no file", ["parity", "-c", "no.yaml"], 2, ("--config no.yaml", "no such file", "'bf16'")),
+    Case("seed below 0", ["parity", *fit("--steps=2", "--seeds", "-1")[1:]], 1, ("--seeds -1", "from 0 to")),
+    Case("bar of nan", ["parity", *fit("--steps=2", "--bar=nan")[1:]], 1, ("--bar nan", "above 0")),
+    Case(
+        "nothing to compare",
+        ["parity", *fit("--steps=2", "--trainer.limit_val_batches=0")[1:]],
+        1,
+        ("limit_val_batches is 0", "'bf16'", "number of batches"),
+    ),
+    Case("rates of nan", ["sweep-lr", *fit("--steps=2", "--rates", "nan", "1")[1:]], 1, ("--rates", "finite")),
+    Case("arm that is not there", ["parity", *fit("--arms", "bf16", "fp9")[1:]], 1, ("'fp9'", "there are", "overlay")),
+    Case("no runs", ["parity", "--runs", "bf16=run", "fp8=nowhere"], 1, ("nowhere", "no")),
     # What does not go together.
     Case("heads", fit("--model.config.num_heads=3"), 1, ("DecoderConfig", "3 heads", "change num_heads")),
     Case(

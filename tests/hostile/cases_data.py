@@ -41,6 +41,13 @@ CASES = [
         ("val_fraction", "1 readable files", "give more"),
         lambda: write("e.jsonl", '{"text": "' + "a" * 5_000_000 + '"}\n'),
     ),
+    Case(
+        "deep line",
+        prepare("e.jsonl"),
+        1,
+        ("e.jsonl:1", "text", "correct or remove"),
+        lambda: write("e.jsonl", '{"text": ' + "[" * 100_000 + "\n"),
+    ),
     Case("no Parquet", prepare("e.parquet"), 1, ("e.parquet", "correct"), lambda: write("e.parquet", "text")),
     Case("no Arrow", prepare("e.arrow"), 1, ("e.arrow", "correct"), lambda: write("e.arrow", '{"text": "a"}\n')),
     Case("one document", prepare("e.txt"), 1, ("one split", "give more"), lambda: write("e.txt", "hello")),

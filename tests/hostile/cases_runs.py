@@ -1,6 +1,7 @@
 """Checkpoints that are damaged, foreign or made to do harm, and folders that cannot be written to."""
 
 import errno
+import json
 import os
 import pickle
 import subprocess
@@ -14,11 +15,36 @@ from hostile.world import CKPT, Case, cut, edit_checkpoint, edit_json, fit, flip
 from torch.distributed import checkpoint as dcp
 
 PROMPT = ["generate", "--ckpt", CKPT, "--prompt", "a", "--tokenizer", "data/tokenizer.json"]
+IMPORT = ["import", "hf", "out"]
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 272,
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
 HOLD = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
 
 
 def resume(*options, path=CKPT):
     return fit("--trainer.max_steps=4", "--ckpt_path", path, *options)
+
+
+def foreign(content, name="model.safetensors"):
+    """Makes a model of others, with such weights."""
+
+    def make():
+        write("hf/config.json", json.dumps(LLAMA))
+        write(f"hf/{name}", content)
+
+    return make
+
+
+def spoil(path, content):
+    return lambda: write(path, content)
 
 
 class Evil:
@@ -119,7 +145,48 @@ CASES = [
     Case("no room in shards", ["export", CKPT, "out", "--shard_gb=0"], 1, ("shard_gb is 0", "above 0")),
     Case("over data", ["export", CKPT, "data"], 1, ("data is not empty", "give a new folder")),
     Case("nothing to import", ["import", "data", "out"], 1, ("data", "config.json", "give a folder")),
+    Case(
+        "import of no JSON", IMPORT, 1, ("hf/config.json", "not JSON", "restore"), lambda: write("hf/config.json", "{")
+    ),
+    Case("import of a list", IMPORT, 1, ("hf/config.json", "object", "restore"), lambda: write("hf/config.json", "[]")),
+    Case(
+        "import of words",
+        IMPORT,
+        1,
+        ("hf/config.json", "another type", "restore"),
+        lambda: write("hf/config.json", json.dumps(LLAMA | {"hidden_size": "big"})),
+    ),
+    *(
+        Case(f"import of {name}", IMPORT, 1, ("hf/model.safetensors", "damaged", "restore"), foreign(content))
+        for name, content in {"text": b"text", "a header without end": b"\xff" * 4 + b"\0" * 4 + b"{}"}.items()
+    ),
+    Case(
+        "import without a map",
+        IMPORT,
+        1,
+        ("model.safetensors.index.json", "weight_map", "restore"),
+        foreign(b'{"weight_map": 3}', "model.safetensors.index.json"),
+    ),
+    Case(
+        "import that leads out",
+        IMPORT,
+        1,
+        ("model.safetensors.index.json", "../x.jsonl", "do not use"),
+        foreign(b'{"weight_map": {"norm.weight": "../x.jsonl"}}', "model.safetensors.index.json"),
+    ),
     Case("nothing to report", ["report", "nowhere"], 1, ("nowhere", "no run", "Give")),
+    *(
+        Case(
+            f"report of {name}", ["report", "run"], 1, (f"run/{file}", "damaged", remedy), spoil(f"run/{file}", content)
+        )
+        for name, file, content, remedy in (
+            ("a cut summary", "summary.json", "{", "remove it"),
+            ("a summary in a list", "summary.json", "[1]", "remove it"),
+            ("other events", "events.jsonl", "{\n", "remove it"),
+            ("words", "metrics.csv", "step,train/loss\nx,y\n", "restore"),
+            ("bytes", "metrics.csv", bytes(range(256)) * 4, "restore"),
+        )
+    ),
     # The run's folder.
     Case("a file in its place", fit("--trainer.default_root_dir=x.jsonl"), 1, ("x.jsonl", "a file", "another path")),
     Case(
