@@ -76,6 +76,7 @@ KNOW_LIGHTNING = (
     "checks",
     "models.lit",
     "checkpoint.exchange",
+    "checkpoint.fabric",
     "checkpoint.io",
     "data.datamodule",
     "data.prepare",
