@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_fp8 import FabricFP8Precision
+from lightning_fp8.checkpoint import load_fabric_state
 from lightning_fp8.data import TokenDataModule
 from lightning_fp8.models import Decoder, DecoderConfig
 from lightning_fp8.models.sharding import materialize, shard
@@ -58,8 +59,9 @@ def main() -> None:
 
     step, state = 0, {"model": decoder, "optimizer": optimizer, "schedule": schedule, "loader": loader}
     if args.resume:
-        step = fabric.load(args.checkpoint, state)["step"]
-    while step < args.steps:
+        step = load_fabric_state(fabric, args.checkpoint, state)["step"]
+    end = args.stop_at or args.steps
+    while step < end:
         for batch in loader:
             loss = F.cross_entropy(decoder(batch[:, :-1]).flatten(0, 1).float(), batch[:, 1:].flatten())
             fabric.backward(loss)
@@ -69,9 +71,9 @@ def main() -> None:
             schedule.step()
             step += 1
             mean = fabric.all_reduce(loss.detach(), reduce_op="mean")
-            if step % 10 == 0:
+            if step % args.print_every == 0:
                 fabric.print(f"step {step:5}  loss {mean.item():.6f}")
-            if step == args.steps:
+            if step == end:
                 break
     fabric.save(args.checkpoint, {**state, "step": step})
 
@@ -83,8 +85,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=100, help="optimizer steps to the peak learning rate")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0, help="of the weights")
+    parser.add_argument("--print-every", type=int, default=10, help="optimizer steps between losses")
     parser.add_argument("--accelerator", default="cpu", help="cpu, cuda, …")
     parser.add_argument("--checkpoint", type=Path, default=Path("runs/fsdp2/last.ckpt"), help="a folder, sharded")
+    parser.add_argument("--stop-at", type=int, help="stop there and save, as where a job's time is up")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint")
     return parser.parse_args()
 

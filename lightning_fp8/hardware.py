@@ -174,6 +174,7 @@ class Accelerator:
         memory: Bytes.
         link: To the others of a node, bytes/s in one direction.
         network: To other nodes, bytes/s in one direction, of the systems that its maker sells or describes.
+        source: Where each of these is published, and what was done to it.
         granularities: Of scales that its FP8 GEMMs take; as in `compute.recipe.Operand.granularity`.
     """
 
@@ -184,28 +185,96 @@ class Accelerator:
     memory: float
     link: float
     network: float
+    source: str
     granularities: tuple[str, ...] = ("tensor", "row")
 
 
-NODE_SIZE = 8  # devices of a node: DGX and HGX boards, and MI300X platforms
+NODE_SIZE = 8  # devices of a node: NVIDIA's DGX and HGX boards, AMD's MI300X platform
 _BLOCKS, _MX = ("block_1x128", "block_128x128"), ("mx_1x32",)
 
-# NVIDIA's datasheets of H100 SXM5, H200 SXM, B200 (HGX), L40S and the Ada white paper; AMD's of MI300X. All dense:
-# where a datasheet gives figures with sparsity, half of them. Links: NVLink 4 and 5, 900 and 1,800 GB/s in both
-# directions together, half in one; MI300X, seven Infinity Fabric links of 64 GB/s; PCIe 4 x16 where there is neither.
-# Networks: one 400 Gb/s adapter a device (DGX H100, H200 and B200 user guides; AMD's cluster reference); 200 Gb/s
-# (NVIDIA's OVX L40S reference: one adapter of 400 for two); a 100 Gb/s card beside a GeForce, an assumption.
+# Each figure is as its source prints it, times what makes it dense, of one device, in one direction, in bytes.
 ACCELERATORS = {
     "h100": Accelerator(
-        "H100 SXM", 989.4e12, 1978.9e12, 3.35e12, 80e9, 450e9, 50e9, granularities=("tensor", "row", *_BLOCKS)
+        "H100 SXM",
+        bf16=989.4e12,
+        fp8=1978.9e12,
+        bandwidth=3.35e12,
+        memory=80e9,
+        link=900e9 / 2,
+        network=400e9 / 8,
+        source=(
+            "FLOP/s without sparsity: NVIDIA H100 Tensor Core GPU Architecture, white paper, table of H100 SXM5. Memory"
+            " 80 GB, 3.35 TB/s, and NVLink 900 GB/s both ways: H100 datasheet. 400 Gb/s a GPU: DGX H100 user guide."
+        ),
+        granularities=("tensor", "row", *_BLOCKS),
     ),
     "h200": Accelerator(
-        "H200 SXM", 989.4e12, 1978.9e12, 4.8e12, 141e9, 450e9, 50e9, granularities=("tensor", "row", *_BLOCKS)
+        "H200 SXM",
+        bf16=989.4e12,
+        fp8=1978.9e12,
+        bandwidth=4.8e12,
+        memory=141e9,
+        link=900e9 / 2,
+        network=400e9 / 8,
+        source=(
+            "FLOP/s as H100 SXM5 (1,979 and 3,958 with sparsity), memory 141 GB, 4.8 TB/s, and NVLink 900 GB/s both"
+            " ways: NVIDIA H200 datasheet. 400 Gb/s a GPU: DGX H200 user guide."
+        ),
+        granularities=("tensor", "row", *_BLOCKS),
     ),
-    "b200": Accelerator("B200", 2250e12, 4500e12, 8.0e12, 180e9, 900e9, 50e9, granularities=("tensor", "row", *_MX)),
-    "l40s": Accelerator("L40S", 362.05e12, 733e12, 0.864e12, 48e9, 32e9, 25e9),
-    "rtx4090": Accelerator("GeForce RTX 4090", 165.2e12, 330.3e12, 1.008e12, 24e9, 32e9, 12.5e9),
-    "mi300x": Accelerator("MI300X", 1307.4e12, 2614.9e12, 5.3e12, 192e9, 448e9, 50e9),
+    "b200": Accelerator(
+        "B200",
+        bf16=4500e12 / 2,
+        fp8=9000e12 / 2,
+        bandwidth=8.0e12,
+        memory=180e9,
+        link=1800e9 / 2,
+        network=400e9 / 8,
+        source=(
+            "FLOP/s, half of those with sparsity, memory 8 TB/s, and NVLink 1.8 TB/s both ways: NVIDIA Blackwell"
+            " architecture technical brief, table of HGX B200. 1,440 GB of eight, 400 Gb/s a GPU: DGX B200 datasheet."
+        ),
+        granularities=("tensor", "row", *_MX),
+    ),
+    "l40s": Accelerator(
+        "L40S",
+        bf16=362.05e12,
+        fp8=733e12,
+        bandwidth=0.864e12,
+        memory=48e9,
+        link=64e9 / 2,
+        network=400e9 / 8 / 2,
+        source=(
+            "FLOP/s without sparsity, memory 48 GB, 864 GB/s, and PCIe 4 x16, 64 GB/s both ways: NVIDIA L40S datasheet."
+            " A 400 Gb/s adapter for two: NVIDIA OVX L40S reference."
+        ),
+    ),
+    "rtx4090": Accelerator(
+        "GeForce RTX 4090",
+        bf16=165.2e12,
+        fp8=330.3e12,
+        bandwidth=1.008e12,
+        memory=24e9,
+        link=64e9 / 2,
+        network=100e9 / 8,
+        source=(
+            "FLOP/s without sparsity, fp32 accumulation, and memory 24 GB, 1,008 GB/s: NVIDIA Ada GPU Architecture,"
+            " white paper, appendix A. PCIe 4 x16, 64 GB/s both ways. A network of 100 Gb/s is an assumption."
+        ),
+    ),
+    "mi300x": Accelerator(
+        "MI300X",
+        bf16=1307.4e12,
+        fp8=2614.9e12,
+        bandwidth=5.3e12,
+        memory=192e9,
+        link=7 * 128e9 / 2,
+        network=400e9 / 8,
+        source=(
+            "FLOP/s without sparsity, memory 192 GB, 5.3 TB/s, and seven Infinity Fabric links of 128 GB/s both ways:"
+            " AMD Instinct MI300X data sheet. 400 Gb/s a GPU: AMD's Instinct cluster reference architecture."
+        ),
+    ),
 }
 
 _NAMES = {

@@ -78,6 +78,7 @@ KNOW_LIGHTNING = (
     "checks",
     "models.lit",
     "checkpoint.exchange",
+    "checkpoint.fabric",
     "checkpoint.io",
     "data.datamodule",
     "data.prepare",

@@ -71,22 +71,38 @@ def test_fabric_reaches_the_loss_of_the_command_line(work):
     assert float(re.search(r"validation loss ([\d.]+)", resumed)[1]) == fabric  # the checkpoint is the final state
 
 
-def test_fsdp2_reaches_the_weights_of_the_command_line(work, tmp_path):
+LOSS = r"step +\d+  loss [\d.]+"
+
+
+def test_fsdp2_has_the_losses_and_weights_of_the_command_line(work, tmp_path, monkeypatch):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    script, configs = str(ROOT / "examples/fsdp2_pretrain.py"), ROOT / "configs"
-    run(*torchrun, script, "--steps", "6", "--warmup", "2", "--checkpoint", str(tmp_path / "last"), cwd=work)
-    options = ["-c", str(configs / "quickstart.yaml"), "-c", str(configs / "strategy/fsdp2.yaml")]
+    script = (str(ROOT / "examples/fsdp2_pretrain.py"), "--warmup", "2", "--print-every", "1", "--steps", "6")
+    printed = run(*torchrun, *script, "--checkpoint", str(tmp_path / "last"), cwd=work)
+    losses = re.findall(LOSS, printed)
+    assert len(losses) == 6
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent / "distributed"), *sys.path]))
+    options = ["-c", str(ROOT / "configs/quickstart.yaml"), "-c", str(ROOT / "configs/strategy/fsdp2.yaml")]
     options += ["--trainer.devices=2", "--model.config.vocab_size=1024", "--model.schedule.init_args.warmup_steps=2"]
     options += ["--trainer.max_steps=6", "--trainer.limit_val_batches=0", f"--trainer.default_root_dir={tmp_path}"]
-    run(*torchrun, "-m", "lightning_fp8", "fit", *options, "--fp8.fp8_all_gather=true", cwd=work)
-    weights = []
-    for folder in ("last", "checkpoints/last.ckpt"):
-        dcp_to_torch_save(tmp_path / folder, tmp_path / "whole.pt")
-        saved = torch.load(tmp_path / "whole.pt")
-        weights.append(saved.get("model") or saved["state_dict"])
-    fabric, trainer = weights
+    options += ["--trainer.callbacks+=mean_losses.MeanLosses"]
+    printed = run(*torchrun, "-m", "lightning_fp8", "fit", *options, "--fp8.fp8_all_gather=true", cwd=work)
+    assert re.findall(LOSS, printed) == losses
+    fabric, trainer = (whole(tmp_path / folder) for folder in ("last", "checkpoints/last.ckpt"))
     assert {f"decoder.{name}" for name in fabric} == set(trainer)
     assert all(torch.equal(w, trainer[f"decoder.{name}"]) for name, w in fabric.items())
+
+    # A loop that was stopped goes on as if it had not been: loader and schedule, too.
+    half = (*script, "--checkpoint", str(tmp_path / "half"))
+    assert re.findall(LOSS, run(*torchrun, *half, "--stop-at", "3", cwd=work)) == losses[:3]
+    assert re.findall(LOSS, run(*torchrun, *half, "--seed", "1", "--resume", cwd=work)) == losses[3:]
+    assert differences(whole(tmp_path / "half"), fabric) == []
+
+
+def whole(checkpoint):
+    """The weights in a folder of parts."""
+    dcp_to_torch_save(checkpoint, checkpoint.parent / "whole.pt")
+    saved = torch.load(checkpoint.parent / "whole.pt")
+    return saved.get("model") or saved["state_dict"]
 
 
 COUNTED = """

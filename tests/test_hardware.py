@@ -144,3 +144,19 @@ def test_a_datasheet_goes_with_the_full_name_of_a_device(monkeypatch, name, know
 def test_a_cpu_has_no_datasheet_and_no_memory_of_its_own():
     assert hardware.accelerator(torch.device("cpu")) is None
     assert hardware.peak_memory(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("name", hardware.ACCELERATORS)
+def test_every_figure_of_a_datasheet_names_its_source(name):
+    device = hardware.ACCELERATORS[name]
+    said = device.source.replace(",", "")
+    of_the_box = 8 if name == "b200" else 1
+    both_ways = device.link * 2 / (7 if name == "mi300x" else 1)  # links to seven others
+    for rate in (device.bandwidth, both_ways):
+        assert f"{rate / 1e12:g} TB/s" in said or f"{rate / 1e9:g} GB/s" in said, rate
+    assert f"{of_the_box * device.memory / 1e9:g} GB" in said
+    shared = 2 if name == "l40s" else 1
+    assert f"{shared * device.network * 8 / 1e9:g} Gb/s" in said
+    assert "parsity" in said or "half of those" in said
+    assert sum(said.count(maker) for maker in ("NVIDIA", "AMD", "DGX")) >= 1
+    assert 1.9 < device.fp8 / device.bf16 < 2.1

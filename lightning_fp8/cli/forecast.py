@@ -66,12 +66,13 @@ def show(
     fitted = any(ACCELERATORS[name] == hardware for name in EFFICIENCY)
     notes = [
         "compute, memory, network: what most of the time goes to. Large matrices and compiled layers are assumed.",
-        "By row, others have measured a gain of 10 % where this says 28 % (Llama-3-8B): take it for an upper bound.",
+        "By row, torch has had slower kernels than this assumes: take it for an upper bound.",
+        f"{hardware.name}: {hardware.source}",
     ]
     if not fitted:
         notes.append(
-            f"The efficiency is an H100's, for want of published runs to fit it on: {hardware.name} may be far slower"
-            " (B200, MI300X: by 40 to 50 %). Ratios hold better."
+            f"The efficiency is an H100's, for want of published runs to fit it on: {hardware.name} may be far slower."
+            " Ratios hold better."
         )
     for note in notes:
         console.print(note, highlight=False)

@@ -9,8 +9,9 @@
 
     seconds of a step = max((compute + memory) / efficiency, network)
 
-The efficiency is fitted on torchtitan's rows of Llama-3-8B alone, and `benchmarks/roofline.py` says how far off it is
-elsewhere. A device that torchtitan has no rows of gets the H100's, a guess.
+The efficiency is fitted on published runs of torchtitan with Llama-3-8B, and `benchmarks/roofline.py` says how far off
+it is elsewhere. It belongs to that stack as much as to the device: with Megatron's fused kernels others measured up to
+2.4 times the speed. A device that nobody has published such a run of gets the H100's, a guess.
 """
 
 from typing import Literal, NamedTuple
@@ -22,7 +23,7 @@ from lightning_fp8.estimate.traffic import bytes_per_step
 from lightning_fp8.hardware import ACCELERATORS, NODE_SIZE, Accelerator
 from lightning_fp8.models.recompute import Recompute
 
-EFFICIENCY = {"h100": 0.698, "h200": 0.819}
+EFFICIENCY = {"h100": 0.744, "h200": 0.819, "b200": 0.397, "mi300x": 0.435}
 """Of `hardware.ACCELERATORS`; what `benchmarks/roofline.py` fits."""
 _ATTENTION_OF_PEAK, _NETWORK_EFFICIENCY = 0.35, 0.8
 _LOGIT_BYTES = 2 + 4 + 4 + 4 + 4 + 2  # moved by the loss: read in bf16, to fp32, softmax, gradient, back to bf16

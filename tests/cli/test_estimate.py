@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from lightning_fp8.cli.main import main
+from lightning_fp8.hardware import ACCELERATORS
 
 QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
 README = Path(__file__).parents[2] / "README.md"
@@ -135,5 +136,11 @@ def test_one_device_sends_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert "mxfp8" in table
     assert "GB sent a step" not in table
     assert float(table["alone"][4]) == 0
-    main(["estimate", "-c", QUICKSTART, "--hardware", "b200"])
-    assert "B200 may be far slower" in " ".join(capsys.readouterr().out.split())
+
+
+def test_where_the_figures_come_from_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, fitted in (("b200", True), ("l40s", False)):
+        main(["estimate", "-c", QUICKSTART, "--hardware", name])
+        said = " ".join(capsys.readouterr().out.split())
+        assert f"{ACCELERATORS[name].name}: {ACCELERATORS[name].source}" in said
+        assert ("may be far slower" in said) is not fitted

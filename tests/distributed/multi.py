@@ -16,6 +16,11 @@ from lightning_fp8.optim import FP8AdamW, WarmupCosine
 SHAPE = DecoderConfig(vocab_size=272, hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=2, intermediate_size=96)
 
 
+def smooth(groups):
+    """An optimizer that does not blow up the last bits of small gradients; fp32 moments."""
+    return FP8AdamW(groups, lr=2e-3, eps=1e-2, moments="fp32")
+
+
 class Seen(Callback):
     """The mean loss over all processes of each batch, and what each evaluation says."""
 
@@ -83,16 +88,29 @@ def whole(value):
 
 
 def contents(trainer, model):
+    """What a fit ends with: weights, moments and the plugin's scales, gathered."""
+    return state_of(model, trainer.optimizers[0], trainer.precision_plugin)
+
+
+def state_of(model, optimizer, plugin):
     """Weights, moments and the plugin's scales, gathered."""
-    optimizer = trainer.optimizers[0]
     names = dict(model.named_parameters())
     found = {f"weight {name}": whole(p) for name, p in names.items()}
     for name, p in names.items():
         found |= {f"{key} {name}": whole(value) for key, value in optimizer.state[p].items()}
-    for module, scales in enumerate(trainer.precision_plugin.state_dict().get("scales", [])):
+    for module, scales in enumerate(plugin.state_dict().get("scales", [])):
         for name, layer in scales["layers"].items():
             found |= {f"{key} {module} {name}": v.clone() for key, v in layer.items() if isinstance(v, torch.Tensor)}
     return found
+
+
+def assert_all_have(found):
+    """Every process ended with the same numbers, and they are numbers."""
+    mine = torch.stack([value.double().sum() for value in found.values()])
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    assert all(torch.equal(one, mine) for one in everyone)
+    assert mine.isfinite().all()
 
 
 def different(a, b):

@@ -11,7 +11,7 @@ from lightning_fp8 import FP8Precision
 from lightning_fp8.callbacks import LastCheckpoint
 
 WRITERS = ("ddp", "fsdp2", "fsdp2 full")
-STEPS, BATCH = 2, 6  # of which 1, 2 and 3 processes read 6, 3 and 2
+STEPS, BATCH = 2, 12  # of which 1, 2, 3 and 4 processes read 12, 6, 4 and 3
 OPTIONS = {"batch": BATCH, "enable_checkpointing": True}
 
 
@@ -57,7 +57,7 @@ def check(folder, data, writer, reader):
     return start.batch
 
 
-def on_two(folder, data):
+def write_and_read(folder, data):
     for name in WRITERS:
         path = write(folder, data, name)
         assert path.is_dir() is (name == "fsdp2")
@@ -68,18 +68,20 @@ def on_two(folder, data):
     assert all(torch.equal(batch, batches[0]) for batch in batches)
 
 
-def on_three(folder, data):
+def read_elsewhere(folder, data):
     expected = torch.load(folder / "batch.pt")
     for writer, reader in (("fsdp2", "fsdp2"), ("fsdp2 full", "fsdp2"), ("ddp", "ddp"), ("fsdp2 full", "alone")):
         assert torch.equal(check(folder, data, writer, reader), expected)
 
 
 def test_two_processes_read_what_two_wrote_by_any_strategy(prepared, tmp_path):
-    spawn(on_two, 2, tmp_path, prepared)
+    spawn(write_and_read, 2, tmp_path, prepared)
 
 
 @pytest.mark.slow
-def test_one_and_three_processes_read_what_two_wrote(prepared, tmp_path):
-    spawn(on_two, 2, tmp_path, prepared)
-    (tmp_path / "rendezvous").unlink(missing_ok=True)
-    spawn(on_three, 3, tmp_path, prepared)
+@pytest.mark.parametrize(("writers", "readers"), [(2, (3,)), (4, (2, 3))])
+def test_other_numbers_of_processes_read_it(writers, readers, prepared, tmp_path):
+    """As many as the readers say, and one."""
+    for function, processes in ((write_and_read, writers), *((read_elsewhere, many) for many in readers)):
+        (tmp_path / "rendezvous").unlink(missing_ok=True)
+        spawn(function, processes, tmp_path, prepared)

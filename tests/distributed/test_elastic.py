@@ -4,11 +4,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback
-from multi import fit
+from multi import fit, smooth
 from ranks import spawn
 
 from lightning_fp8.callbacks import LastCheckpoint
-from lightning_fp8.optim import FP8AdamW
 
 STEPS, STOP, BATCH = 9, 3, 36  # an epoch has 171 sequences: 4 steps, and another half of one
 
@@ -33,11 +32,6 @@ class Batches(Callback):
             self.steps.append(torch.cat(self.parts).tolist())
             self.parts = []
         trainer.should_stop = trainer.global_step == self.stop
-
-
-def smooth(groups):
-    """Does not blow up the last bits of small gradients."""
-    return FP8AdamW(groups, lr=2e-3, eps=1e-2, moments="fp32")
 
 
 def run(folder, data, name, accumulate=1, stop=None, resume=None):

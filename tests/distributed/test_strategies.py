@@ -1,23 +1,17 @@
-"""DDP and FSDP2 through the Trainer, on two real processes: what one process would have computed."""
+"""DDP and FSDP2 through the Trainer, on real processes: what one process would have computed."""
 
 import pytest
 import torch
-import torch.distributed as dist
-from multi import contents, different, fit
+from multi import assert_all_have, contents, different, fit, smooth
 from ranks import spawn
 from torch.distributed.tensor import DTensor
 
 from lightning_fp8 import FP8Precision, Recipe
 from lightning_fp8.compute.recipe import resolve_recipe
-from lightning_fp8.optim import FP8AdamW
 
 SYNCED = Recipe(sync_amax=True)
 STRATEGIES = ("ddp", "fsdp2")
-
-
-def smooth(groups):
-    """An optimizer that does not blow up the last bits of small gradients; fp32 moments."""
-    return FP8AdamW(groups, lr=2e-3, eps=1e-2, moments="fp32")
+SEEDS = 5
 
 
 def on_a_rank(folder, data):
@@ -48,11 +42,7 @@ def everything_together(folder, data, name):
     options = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1, "limit_val_batches": 2, "val_check_interval": 4}
     trainer, model, seen = fit(folder, data, name, plugin, check_val_every_n_epoch=None, **options)
     found = contents(trainer, model)
-    mine = torch.stack([value.double().sum() for value in found.values()])
-    both = [torch.empty_like(mine) for _ in range(2)]
-    dist.all_gather(both, mine)
-    assert torch.equal(*both)
-    assert mine.isfinite().all()
+    assert_all_have(found)
     assert len(seen.validations) >= 2
     assert seen.validations[-1] < seen.validations[0]
     histories = [value for key, value in found.items() if key.startswith("history")]
@@ -77,8 +67,29 @@ def fp8_all_gather_changes_nothing(folder, data):
     assert type(model.state_dict()["decoder.blocks.0.mlp.up_proj.weight"].to_local()) is torch.Tensor
 
 
-def test_two_processes_compute_what_one_does(prepared, tmp_path):
-    spawn(on_a_rank, 2, tmp_path, prepared)
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_processes_compute_what_one_does(processes, prepared, tmp_path):
+    spawn(on_a_rank, processes, tmp_path, prepared)
+
+
+def local_scales_over_50_steps(folder, data):
+    """Paired with one process, seed for seed; every rank runs that one, too, so that all come to the same."""
+    ends = {"alone": [], "ddp": []}
+    for seed in range(SEEDS):
+        for name, found in ends.items():
+            _, _, seen = fit(folder, data, name, recipe=Recipe(), optimizer=smooth, steps=50, seed=seed)
+            found.append(torch.tensor(seen.losses[-10:]).mean().item())
+    alone, local = torch.tensor(ends["alone"]), torch.tensor(ends["ddp"])
+    gaps = local - alone
+    assert gaps.abs().max() > 0  # or the scales were not local
+    assert gaps.abs().max() < alone.std(), (gaps, alone)
+    assert alone.std() < 0.1 * alone.mean()  # a noise in which anything would be lost says nothing
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_local_scales_stay_within_the_noise_of_seeds(processes, prepared, tmp_path):
+    spawn(local_scales_over_50_steps, processes, tmp_path, prepared)
 
 
 @pytest.mark.parametrize(

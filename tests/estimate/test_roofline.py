@@ -74,23 +74,34 @@ def test_efficiency_is_the_fitted_one() -> None:
     assert benchmark.fit(benchmark.ROWS) == pytest.approx(EFFICIENCY, abs=5e-4)
 
 
-def test_errors_on_rows_that_were_not_fitted_on() -> None:
-    """On H100, whose efficiency is fitted, the aims are met but by row; what is missed elsewhere is known, by name."""
-    found = benchmark.errors(row for row in benchmark.ROWS if not row.fitted)
-    missed = {(error.row.hardware, error.what) for error in found if error.missed}
-    assert len(found) == 14
+def test_errors_on_what_was_not_fitted_on() -> None:
+    """The aims are met on H100; what is missed elsewhere is known by name, and docs/distributed.md says why."""
+    found = [error for error in benchmark.errors(benchmark.ROWS) if not error.fitted]
+    missed = {(error.row.source.split()[0], error.row.hardware, error.what) for error in found if error.missed}
+    assert len(found) == 15
     assert missed == {
-        ("h100", "rowwise / bf16"),
-        ("b200", "bf16, tokens/s"),
-        ("b200", "rowwise / bf16"),
-        ("b200", "mxfp8 / bf16"),
-        ("mi300x", "bf16, tokens/s"),
-        ("mi300x", "tensorwise / bf16"),
-        ("mi300x", "rowwise / bf16"),
+        ("torchao", "b200", "rowwise / bf16"),
+        ("torchao", "mi300x", "tensorwise / bf16"),
+        ("torchao", "mi300x", "rowwise / bf16"),
+        ("Megatron", "h100 sxm", "tensorwise, tokens/s"),
+        ("Megatron", "b200", "tensorwise, tokens/s"),
     }
 
 
 def test_the_fit_sees_no_other_rows() -> None:
     fitted = [row for row in benchmark.ROWS if row.fitted]
-    assert {row.source.split()[0] for row in fitted} == {"torchtitan"}
+    assert {row.source.split()[0] for row in fitted if row.hardware in ("h100", "h200")} == {"torchtitan"}
+    assert {row.fitted for row in fitted if row.hardware in ("b200", "mi300x")} == {("bf16",)}
     assert benchmark.fit(fitted) == benchmark.fit(benchmark.ROWS)
+
+
+def test_the_memory_is_that_of_the_machines_measured() -> None:
+    """On the H100s of datasheets, with 1.4 times the bandwidth, casts would look too cheap."""
+    row = next(row for row in benchmark.ROWS if row.source == "torchao" and row.hardware == "h100")
+    measured, sold = (
+        benchmark.predicted(row._replace(hardware=name), "rowwise", 1.0)
+        / benchmark.predicted(row._replace(hardware=name), "bf16", 1.0)
+        for name in ("h100", "h100 sxm")
+    )
+    published = row.measured["rowwise"] / row.measured["bf16"]
+    assert abs(measured / published - 1) < 0.1 < sold / published - 1
