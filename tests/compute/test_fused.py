@@ -1,0 +1,260 @@
+"""Norms and MLPs that hand FP8 on: the same bits as without, fewer casts and less kept; on GPUs see `kernels/`."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_fp8 import convert_linears
+from lightning_fp8.compute import PRESETS, casts, end_step, fp8_autocast, fuse_casts
+from lightning_fp8.compute.activations import keep_activations_in_fp8
+from lightning_fp8.compute.fused import FusedMLP, FusedNorm
+from lightning_fp8.compute.linear import fall_back
+from lightning_fp8.kernels import cast
+from lightning_fp8.kernels.cast import WHOLE
+from lightning_fp8.kernels.fused import gated_cast, normed, normed_cast
+from lightning_fp8.models import Decoder, DecoderConfig
+from lightning_fp8.numerics import E4M3
+
+CONFIG = DecoderConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=4, num_kv_heads=2)
+FUSING = [name for name, recipe in PRESETS.items() if recipe.uses_fp8("weight_grad")]
+
+
+def decoder(recipe="tensorwise", *, fused=True, config=CONFIG):
+    torch.manual_seed(0)
+    model = Decoder(config).bfloat16()
+    for name, p in model.named_parameters():  # gains other than 1
+        if name.endswith("norm.weight"):
+            nn.init.normal_(p, 1.0, 0.2)
+    convert_linears(model, recipe)
+    if fused:
+        fuse_casts(model)
+    return model
+
+
+def step(model, seed=0):
+    """A loss and gradients, by name."""
+    tokens = torch.randint(0, 64, (2, 17), generator=torch.Generator().manual_seed(seed))
+    model.zero_grad()
+    loss = model(tokens[:, :-1], tokens[:, 1:])
+    loss.backward()
+    end_step(model)
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def counting(monkeypatch):
+    """The roles of casts that are made of a tensor in memory, as they happen."""
+    roles = []
+    plain = casts.cast
+
+    def count(x, role, *args, **kwargs):
+        roles.append(role)
+        return plain(x, role, *args, **kwargs)
+
+    monkeypatch.setattr(casts, "cast", count)
+    return roles
+
+
+@pytest.mark.parametrize("recipe", PRESETS)
+def test_no_bit_changes(recipe):
+    plain, fused = decoder(recipe, fused=False), decoder(recipe)
+    for seed in range(3):
+        (loss, grads), (fused_loss, fused_grads) = step(plain, seed), step(fused, seed)
+        assert torch.equal(loss, fused_loss)
+        for name, grad in grads.items():
+            assert torch.equal(grad, fused_grads[name]), name
+    for a, b in zip(plain.modules(), fused.modules(), strict=True):
+        if getattr(a, "fp8_scales", None) is not None:
+            assert torch.equal(a.fp8_scales.history, b.fp8_scales.history)
+            assert (a.fp8_scales.history[:, :3] > 0).all()
+
+
+@pytest.mark.parametrize("recipe", PRESETS)
+def test_only_what_attention_makes_is_cast_afterwards(monkeypatch, recipe):
+    """Of the four inputs of a block's layers one is no norm's and no activation's."""
+    roles = counting(monkeypatch)
+    for fused in (False, True):
+        model = decoder(recipe, fused=fused)
+        roles.clear()
+        step(model)
+        assert roles.count("input") == CONFIG.num_layers * (1 if fused and recipe in FUSING else 4)
+
+
+def test_evaluation_casts_rows_alone_and_agrees(monkeypatch):
+    plain, fused = decoder("blockwise", fused=False).eval(), decoder("blockwise").eval()
+    tokens = torch.arange(32).view(2, 16)
+    with torch.no_grad():
+        assert torch.equal(plain(tokens), fused(tokens))
+    with torch.inference_mode():
+        assert torch.equal(plain(tokens), fused(tokens))
+
+
+def kept_bytes(module, x):
+    """Bytes that autograd keeps of activations for the backward of `module(x)`, each storage once."""
+    storages = {}
+
+    def note(t):
+        if t.dim() > 1 and not isinstance(t, nn.Parameter):
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        y = module(x)
+    del y
+    return sum(storages.values())
+
+
+def test_an_mlp_keeps_less():
+    x = torch.randn(4, 32, 64).bfloat16().requires_grad_()
+    plain, fused = (decoder(fused=fused).blocks[0].mlp for fused in (False, True))
+    saved = kept_bytes(plain, x) - kept_bytes(fused, x)
+    assert saved == 2 * 4 * 32 * CONFIG.intermediate_size  # silu(gate), in bf16
+
+
+def test_the_product_is_nan_to_whoever_else_reads_it():
+    mlp = decoder().blocks[0].mlp
+    seen = []
+    mlp.down_proj.forward = lambda h, made: seen.append((h, made)) or F.linear(h, mlp.down_proj.weight)
+    assert mlp(torch.randn(3, 64).bfloat16()).isnan().all()
+    (h, made), *_ = seen
+    assert h.isnan().all()
+    assert h.untyped_storage().nbytes() == 2
+    assert made.rows.codes.shape == (3, 128)
+
+
+@pytest.mark.parametrize("way", ["hook", "pre-hook", "fallback", "autocast", "not converted"])
+def test_modules_compute_as_ever_where_the_reader_wants_the_values(way):
+    model = decoder()
+    mlp, seen = model.blocks[0].mlp, []
+    x = torch.randn(3, 64).bfloat16()
+    if way == "hook":
+        mlp.down_proj.register_forward_hook(lambda m, args, y: seen.extend(args))
+    elif way == "pre-hook":
+        mlp.down_proj.register_forward_pre_hook(lambda m, args: seen.extend(args))
+    elif way == "fallback":
+        fall_back(model, ["blocks.0.mlp.down_proj"])
+    elif way == "not converted":
+        mlp = fuse_casts(m := Decoder(CONFIG).bfloat16()) and m.blocks[0].mlp
+    with fp8_autocast(enabled=way != "autocast"):
+        y = mlp(x)
+        h = F.silu(mlp.gate_proj(x)) * mlp.up_proj(x)
+        assert torch.equal(y, mlp.down_proj(h))
+    assert y.isfinite().all()
+    assert all(torch.equal(values, h) for values in seen)
+    assert bool(seen) == ("hook" in way)
+
+
+def test_activations_kept_in_fp8_go_with_it():
+    """The order does not matter, and each is undone on its own."""
+    both, other = decoder(), decoder(fused=False)
+    keep_activations_in_fp8(both, ["*mlp", "*_norm"])
+    keep_activations_in_fp8(other, ["*mlp", "*_norm"])
+    fuse_casts(other)
+    (loss, grads), (other_loss, other_grads) = step(both), step(other)
+    assert torch.equal(loss, other_loss)
+    assert all(torch.equal(grad, other_grads[name]) for name, grad in grads.items())
+    exact_loss, exact = step(decoder())
+    assert torch.equal(loss, exact_loss)
+    assert any(not torch.equal(grad, exact[name]) for name, grad in grads.items())
+    keep_activations_in_fp8(both, [])
+    assert all(torch.equal(grad, exact[name]) for name, grad in step(both)[1].items())
+    mlp = both.blocks[0].mlp
+    assert isinstance(mlp, FusedMLP)
+    fuse_casts(both, (), {})
+    assert not any(isinstance(module, FusedMLP | FusedNorm) for module in both.modules())
+    assert {type(m) for m in both.modules()} == {type(m) for m in decoder(fused=False).modules()}
+
+
+def test_state_copies_and_pickles():
+    model = decoder()
+    assert list(model.state_dict()) == list(Decoder(CONFIG).state_dict())
+    assert len(list(model.modules())) == len(list(Decoder(CONFIG).modules()))
+    loss, _ = step(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert isinstance(twin.blocks[0].mlp, FusedMLP)
+        assert twin.blocks[1].mlp_norm.__dict__["fp8_reader"] is twin.blocks[1].mlp.gate_proj
+        assert torch.equal(step(twin)[0], loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast(dtype):
+    """Residuals in fp32 sum three gradients in another order; the embedding's is where it shows, in the last bit."""
+    results = []
+    for fused in (False, True):
+        model = decoder(fused=fused).to(dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            results.append(step(model))
+    (loss, grads), (fused_loss, fused_grads) = results
+    assert torch.equal(loss, fused_loss)
+    ours, theirs = fused_grads.pop("embedding.weight"), grads.pop("embedding.weight")
+    assert (ours - theirs).abs().max() <= (2.0**-21 * theirs.abs().max() if dtype == torch.float32 else 0)
+    assert all(torch.equal(grad, fused_grads[name]) for name, grad in grads.items())
+
+
+def test_an_mlp_compiles_to_one_graph():
+    mlp, x = decoder().blocks[0].mlp, torch.randn(16, 64).bfloat16()
+    compiled = torch.compile(mlp, backend="aot_eager", fullgraph=True)
+    results = []
+    for run in (mlp, compiled):
+        own = x.clone().requires_grad_()
+        run(own).sum().backward()
+        results.append(own.grad)
+    assert torch.equal(*results)
+
+
+def test_mistakes_are_named():
+    model = Decoder(CONFIG)
+    with pytest.raises(ValueError, match=r"no module's name matches '\*mpl'"):
+        fuse_casts(model, ("*mpl",))
+    with pytest.raises(ValueError, match=r"'blocks\.0\.attention' is no down_proj"):
+        fuse_casts(model, ("*attention",))
+    with pytest.raises(ValueError, match=r"is a Linear, no torch\.nn\.RMSNorm"):
+        fuse_casts(model, (), {"lm_head": "lm_head"})
+    with pytest.raises(ValueError, match=r"no linear layer 'blocks\.0\.mlp\.gate' to read"):
+        fuse_casts(model, (), {"*mlp_norm": "mlp.gate"})
+    smooth = Decoder(DecoderConfig(smooth_swiglu=True))
+    with pytest.raises(ValueError, match="smooths its product"):
+        fuse_casts(smooth)
+
+
+HOW = [
+    (None, "e4m3", None, None, False, True, True),
+    (torch.tensor(0.5), "e5m2", None, None, True, True, False),
+    (None, "e4m3", 1, 128, False, False, True),
+]
+
+
+@pytest.mark.parametrize("how", HOW, ids=["current", "delayed", "1x128"])
+def test_operators_are_what_torch_expects_of_them(how):
+    x, y, gain = torch.randn(40, 70).bfloat16(), torch.randn(40, 70).bfloat16(), torch.randn(70).bfloat16()
+    torch.library.opcheck(torch.ops.lightning_fp8.gated_cast, (x, y, *how))
+    for values in (False, True):
+        torch.library.opcheck(torch.ops.lightning_fp8.normed_cast, (x, gain, 1e-5, *how, values))
+
+
+@pytest.mark.parametrize("tile", [WHOLE, (1, None), (1, 128), (1, 32)], ids=str)
+@pytest.mark.parametrize("shape", [(40, 130), (0, 64), (1, 1)], ids=str)
+@pytest.mark.parametrize("by_operator", [False, True])
+def test_the_reference_is_the_plain_operations_cast(monkeypatch, tile, shape, by_operator):
+    """The operators' CPU implementations stand in for kernels: what lies around them is the same on a GPU."""
+    if by_operator:
+        monkeypatch.setattr("lightning_fp8.kernels.fused._has_kernel", lambda x, tile: True)
+    torch.manual_seed(0)
+    gate, up, gain = torch.randn(shape).bfloat16(), torch.randn(shape).bfloat16(), torch.randn(shape[1]).bfloat16()
+    wanted = {"rows": True, "columns": True}
+    h = F.silu(gate) * up
+    y = F.rms_norm(up, (shape[1],), gain, 1e-5)
+    values, rstd, made = normed_cast(up, gain, 1e-5, E4M3, tile, values=True, **wanted)
+    assert torch.equal(values, y)
+    assert torch.equal(normed(up, gain, 1e-5)[1], rstd)
+    for actual, expected in ((gated_cast(gate, up, E4M3, tile, **wanted), cast(h, E4M3, tile, **wanted)),
+                             (made, cast(y, E4M3, tile, **wanted))):  # fmt: skip
+        for name in ("rows", "columns"):
+            a, e = getattr(actual, name), getattr(expected, name)
+            assert torch.equal(a.codes.view(torch.uint8), e.codes.view(torch.uint8))
+            assert torch.equal(a.scale, e.scale)
+            assert a.tile == e.tile
+        assert actual.amax is None or torch.equal(actual.amax, expected.amax)
