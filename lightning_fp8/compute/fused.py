@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lightning_fp8.compute.casts import know_cast
@@ -33,6 +34,7 @@ from lightning_fp8.kernels.fused import gated_cast, normed_cast, rms_norm_backwa
 MLPS = ("*mlp",)
 NORMS = {"*attention_norm": "attention.q_proj", "*mlp_norm": "mlp.gate_proj"}
 _INPUT = ROLES.index("input")
+_DEFAULT_EPS = torch.finfo(torch.float32).eps  # torch's for every dtype that it computes in fp32, whatever it says
 
 
 def fuse_casts(module: nn.Module, mlps: Sequence[str] = MLPS, norms: Mapping[str, str] = NORMS) -> list[str]:
@@ -45,7 +47,9 @@ def fuse_casts(module: nn.Module, mlps: Sequence[str] = MLPS, norms: Mapping[str
         mlps: Shell patterns of names of modules that compute `down_proj(silu(gate_proj(x)) * up_proj(x))`, by layers of
             these names.
         norms: Shell patterns of names of `nn.RMSNorm`s, whose gain is used in their input's dtype, each with the name
-            of a linear layer that reads the result, as seen from the norm's parent. Nothing undoes it for all.
+            of a linear layer that reads the result, as seen from the norm's parent.
+
+    Without any patterns, `mlps=(), norms={}`, all is undone.
 
     Returns:
         The names of the modules that were chosen.
@@ -57,22 +61,28 @@ def fuse_casts(module: nn.Module, mlps: Sequence[str] = MLPS, norms: Mapping[str
     for pattern in (*mlps, *norms):
         if not any(fnmatchcase(name, pattern) for name in parts):
             raise ValueError(f"Fused casts: no module's name matches {pattern!r}; correct it, or leave it out.")
+    readers: dict[str, nn.Module] = {}
     chosen = []
-    for name, part in parts.items():
+    for name, part in parts.items():  # all are looked at before the first is changed
         reader = next((reader for pattern, reader in norms.items() if fnmatchcase(name, pattern)), None)
-        take_out(part, FusedMLP)
-        take_out(part, FusedNorm)
         if reader is not None:
             _check_norm(name, part)
-            # In its __dict__, not as an attribute of a module: the layer is nobody's child but its parent's.
-            part.__dict__["fp8_reader"] = _find(parts, name, reader)
-            put_before(part, FusedNorm)
+            readers[name] = _find(parts, name, reader)
         elif any(fnmatchcase(name, pattern) for pattern in mlps):
             _check_mlp(name, part)
-            put_before(part, FusedMLP)
         else:
             continue
         chosen.append(name)
+    for name, part in parts.items():
+        take_out(part, FusedMLP)
+        take_out(part, FusedNorm)
+        part.__dict__.pop("fp8_reader", None)
+        if name in readers:
+            # In its __dict__, not as an attribute of a module: the layer is nobody's child but its parent's.
+            part.__dict__["fp8_reader"] = readers[name]
+            put_before(part, FusedNorm)
+        elif name in chosen:
+            put_before(part, FusedMLP)
     return chosen
 
 
@@ -85,12 +95,24 @@ def _check_norm(name: str, part: nn.Module) -> None:
 
 
 def _check_mlp(name: str, part: nn.Module) -> None:
-    layers = [getattr(part, layer, None) for layer in ("gate_proj", "up_proj", "down_proj")]
+    parts = dict(part.named_children())
+    layers = [parts.pop(layer, None) for layer in ("gate_proj", "up_proj", "down_proj")]
     if not all(isinstance(layer, nn.Linear) for layer in layers) or getattr(part, "smooth", False):
         raise ValueError(
             f"Fused casts: {name!r} is no down_proj(silu(gate_proj(x)) * up_proj(x)) of linear layers, or smooths its"
             " product, which needs it in high precision. Leave its pattern out."
         )
+    for other, child in parts.items():
+        if not _is_silu(child):
+            raise ValueError(
+                f"Fused casts: {name!r} has a part {other!r}, a {type(child).__name__}, which is no silu, and it alone"
+                " would be computed. Leave its pattern out."
+            )
+
+
+def _is_silu(part: nn.Module) -> bool:
+    x = torch.linspace(-4, 4, 9)
+    return not list(part.parameters()) and torch.equal(part(x), F.silu(x))
 
 
 def _find(parts: Mapping[str, nn.Module], norm: str, reader: str) -> nn.Module:
@@ -111,7 +133,7 @@ class FusedMLP(Mixin):
         """Returns down(silu(gate(x)) * up(x))."""
         down: Any = self.down_proj
         parent: Any = super()
-        if not _reads_codes(down) or down._forward_hooks or down._forward_pre_hooks:
+        if not _reads_codes(down) or _has_hooks(down):
             plain: Tensor = parent.forward(x)
             return plain
         gate, up = self.gate_proj(x), self.up_proj(x)
@@ -131,10 +153,13 @@ class FusedNorm(Mixin):
         """Returns x / rms(x) * gain, over the last dimension."""
         reader: Any = self.__dict__["fp8_reader"]
         parent: Any = super()
-        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not _reads_codes(reader):
+        # Autocast decides by device in which dtype a norm computes; in fp32 all agree.
+        theirs = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float32
+        no_table = torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
+        if theirs or no_table or not _reads_codes(reader):
             plain: Tensor = parent.forward(x)
             return plain
-        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        eps = _DEFAULT_EPS if self.eps is None else self.eps
         y, made = _Norm.apply(x, self.weight.to(x.dtype), eps, _how(reader))
         know_cast(y, made, "input", reader.fp8_recipe, reader.fp8_scales)
         result: Tensor = y
@@ -147,6 +172,12 @@ def _reads_codes(layer: nn.Module) -> bool:
         return False
     recipe = layer.fp8_recipe
     return recipe.uses_fp8("forward") and recipe.uses_fp8("weight_grad") and not recipe.sync_amax
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    """Whether somebody looks at what goes into `layer`, or at its gradient."""
+    hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
+    return any(hooks)
 
 
 def _how(layer: FP8Linear) -> dict[str, Any]:
@@ -192,6 +223,7 @@ class _Norm(torch.autograd.Function):
         return made.values.view(x.shape), made.cast
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor, Tensor, None, None]:
         x, gain, rstd = ctx.saved_tensors
         return *rms_norm_backward(dy, x, gain, rstd, ctx.eps), None, None

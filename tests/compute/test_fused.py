@@ -147,6 +147,30 @@ def test_modules_compute_as_ever_where_the_reader_wants_the_values(way):
     assert bool(seen) == ("hook" in way)
 
 
+@pytest.mark.parametrize("hook", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_hooks_see_gradients_as_without(hook):
+    seen = []
+    for fused in (False, True):
+        mlp = decoder(fused=fused).blocks[0].mlp
+        getattr(mlp.down_proj, hook)(lambda module, *grads: seen.append([g for pair in grads for g in pair]))
+        mlp(torch.ones(3, 64).bfloat16().requires_grad_()).sum().backward()
+    plain, fused = seen
+    assert plain
+    assert all(torch.equal(a, b) for a, b in zip(plain, fused, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_without_an_eps_takes_torchs(dtype):
+    """Where it counts: inputs whose squares are about as large."""
+    model = nn.ModuleDict({"norm": nn.RMSNorm(64, eps=None), "reader": nn.Linear(64, 32)}).to(dtype)
+    convert_linears(model, "tensorwise")
+    fuse_casts(model, (), {"norm": "reader"})
+    x = (torch.randn(5, 64) * 3e-4).to(dtype)
+    expected = F.rms_norm(x, (64,), model["norm"].weight)
+    assert torch.equal(model["norm"](x), expected)
+    assert not torch.equal(expected, F.rms_norm(x, (64,), model["norm"].weight, 0.0))
+
+
 def test_activations_kept_in_fp8_go_with_it():
     """The order does not matter, and each is undone on its own."""
     both, other = decoder(), decoder(fused=False)
@@ -218,6 +242,12 @@ def test_mistakes_are_named():
     smooth = Decoder(DecoderConfig(smooth_swiglu=True))
     with pytest.raises(ValueError, match="smooths its product"):
         fuse_casts(smooth)
+    model.blocks[1].mlp.act_fn = nn.GELU()
+    with pytest.raises(ValueError, match=r"'blocks\.1\.mlp' has a part 'act_fn', a GELU, which is no silu"):
+        fuse_casts(model)
+    assert not any(isinstance(module, FusedMLP | FusedNorm) for module in model.modules())  # not the first's, either
+    model.blocks[1].mlp.act_fn = nn.SiLU()
+    assert "blocks.1.mlp" in fuse_casts(model)
 
 
 HOW = [
