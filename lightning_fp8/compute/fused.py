@@ -41,6 +41,7 @@ def fuse_casts(module: nn.Module, mlps: Sequence[str] = MLPS, norms: Mapping[str
     """Lets norms and MLPs hand their results on in FP8, in place, and no others; before or after `convert_linears`.
 
     The defaults are the names of `models.Decoder`. Hugging Face's Llama: `norms={}`, for its norms are no `nn.RMSNorm`.
+    With `mlps=(), norms={}` all is undone.
 
     Args:
         module: Any model.
@@ -48,8 +49,6 @@ def fuse_casts(module: nn.Module, mlps: Sequence[str] = MLPS, norms: Mapping[str
             these names.
         norms: Shell patterns of names of `nn.RMSNorm`s, whose gain is used in their input's dtype, each with the name
             of a linear layer that reads the result, as seen from the norm's parent.
-
-    Without any patterns, `mlps=(), norms={}`, all is undone.
 
     Returns:
         The names of the modules that were chosen.
