@@ -1,72 +1,44 @@
-"""Forward and backward of a stack of linear layers: BF16, each FP8 recipe, and torchao's Float8Linear if installed.
+"""Forward and backward of a stack of linear layers: BF16, each FP8 recipe, torchao's and Transformer Engine's.
 
-    python benchmarks/linear.py [--width 1024] [--device cuda] [--compile] [--json results.json]
+    python benchmarks/linear.py [--width 1024] [--device cuda] [--compile] [--json results/linear.json]
 
-All arms have the same weights and inputs. Every repeat times each arm once, so that a machine whose speed drifts is
-fair to all, and medians are compared. Recipes that the device cannot multiply natively are emulated; the table says
+All arms have the same weights and inputs. Recipes that the device cannot multiply natively are emulated; the table says
 which.
 """
 
 import argparse
-import json
-import platform
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from arms import Arm, arms
+from measuring import interleaved, print_table, write
+from torch import Tensor, nn
 
-from lightning_fp8 import convert_linears, hardware
+from lightning_fp8 import hardware
 from lightning_fp8.compute import PRESETS
 from lightning_fp8.compute.gemm import select_backend
 
 
-def build_arms(width: int, layers: int, device: str) -> dict[str, nn.Module]:
-    """One stack an arm, all with the same weights."""
+def step_of(arm: Arm, x: Tensor, layers: int, *, compiled: bool) -> Callable[[], None]:
+    """One forward and backward pass of a stack."""
+    torch.manual_seed(0)
+    width = x.shape[1]
+    parts = [nn.Linear(width, width, bias=False, device=x.device, dtype=x.dtype) for _ in range(layers)]
+    model = nn.Sequential(*parts)
+    arm.convert(model)
+    dy = torch.randn_like(x)
+    forward = torch.compile(model) if compiled else model
 
-    def stack() -> nn.Module:
-        torch.manual_seed(0)
-        parts = [nn.Linear(width, width, bias=False, device=device, dtype=torch.bfloat16) for _ in range(layers)]
-        return nn.Sequential(*parts)
+    def step() -> None:
+        model.zero_grad()
+        x.grad = None
+        with arm.context():
+            y = forward(x)
+        y.backward(dy)
 
-    arms = {"bf16": stack()}
-    for preset in PRESETS:
-        arms[preset] = stack()
-        convert_linears(arms[preset], preset)
-    if torchao := _torchao():
-        arms["torchao"] = torchao(stack())
-    return arms
-
-
-def _torchao() -> Callable[[nn.Module], nn.Module] | None:
-    """The conversion of torchao; emulated where there are no FP8 GEMMs, as its own tests do it."""
-    try:
-        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-    except ImportError:
-        return None
-    emulate = hardware.why_not_native(("tensor",)) is not None
-    return lambda model: convert_to_float8_training(model, config=Float8LinearConfig(emulate=emulate))
-
-
-def measure(arms: dict[str, Callable[..., Any]], tokens: int, width: int, device: str, repeats: int) -> dict[str, Any]:
-    """Seconds of each arm: the median and the quartiles of interleaved repeats."""
-    x = torch.randn(tokens, width, device=device, dtype=torch.bfloat16, requires_grad=True)
-    dy = torch.randn(tokens, width, device=device, dtype=torch.bfloat16)
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for repeat in range(repeats + 2):
-        for name, arm in arms.items():
-            x.grad = None
-            started = time.perf_counter()
-            arm(x).backward(dy)
-            hardware.wait_for(x.device)
-            if repeat >= 2:  # the first ones choose kernels, compile and fill caches
-                seconds[name].append(time.perf_counter() - started)
-            for parameter in arm.parameters():
-                parameter.grad = None
-    return {name: statistics.quantiles(times, n=4, method="inclusive") for name, times in seconds.items()}
+    return step
 
 
 def main() -> None:
@@ -75,33 +47,34 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=hardware.device_type())
+    parser.add_argument("--arms", nargs="+", default=["bf16", *PRESETS, "torchao", "te"])
     parser.add_argument("--compile", action="store_true", help="torch.compile every arm")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
-    models = build_arms(args.width, args.layers, args.device)
-    arms = {name: torch.compile(model) if args.compile else model for name, model in models.items()}
-    quartiles = measure(arms, args.tokens, args.width, args.device, args.repeats)
+    device = torch.device(args.device)
+    x = torch.randn(args.tokens, args.width, device=device, dtype=torch.bfloat16, requires_grad=True)
+    steps = {name: step_of(arm, x, args.layers, compiled=args.compile) for name, arm in arms(args.arms).items()}
+    timings = interleaved(steps, device, repeats=args.repeats)
+    rows: dict[str, dict[str, Any]] = {}
+    for name, timing in timings.items():
+        rows[name] = {"ms": 1e3 * timing.median, "low": 1e3 * timing.low, "high": 1e3 * timing.high}
+        if "bf16" in timings:
+            rows[name]["x bf16"] = timings["bf16"].median / timing.median
+        rows[name]["GEMMs"] = _gemms(name, args.device)
     print(f"{args.layers} layers of {args.width} x {args.width}, {args.tokens} tokens, {hardware.describe_device()}")
-    print(f"{'arm':14} {'ms':>9} {'quartiles':>19} {'/ bf16':>7}  GEMMs")
-    results = {}
-    for name, (low, median, high) in quartiles.items():
-        ratio = median / quartiles["bf16"][1]
-        gemms = {"bf16": "bf16", "torchao": "its own"}.get(name) or _backend(name, args.device)
-        print(f"{name:14} {median * 1e3:9.2f} {low * 1e3:9.2f}-{high * 1e3:9.2f} {ratio:7.2f}  {gemms}")
-        results[name] = {"seconds": median, "quartiles": [low, high], "per_bf16": ratio, "gemms": gemms}
-    if args.json:
-        setting = {key: value for key, value in vars(args).items() if key != "json"}
-        machine = {
-            "machine": hardware.describe_device(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        }
-        args.json.write_text(json.dumps({**machine, "setting": setting, "arms": results}, indent=2) + "\n")
+    print_table({name: {key: _text(value) for key, value in row.items()} for name, row in rows.items()})
+    write(args.json, "linear", vars(args), rows)
 
 
-def _backend(preset: str, device: str) -> str:
-    return "native" if select_backend("auto", PRESETS[preset]) == "auto" and device != "cpu" else "emulated"
+def _gemms(arm: str, device: str) -> str:
+    if arm not in PRESETS:
+        return {"bf16": "bf16"}.get(arm, "its own")
+    return "native" if select_backend("auto", PRESETS[arm]) == "auto" and device != "cpu" else "emulated"
+
+
+def _text(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.4g}"
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ if [ "$on_gpu" ]; then
     run cast cast
     run linear linear --width 4096 --tokens 8192
     run linear-compiled linear --width 4096 --tokens 8192 --compile
+    run overhead overhead
     run memory memory
     run block block
     run optimizer optimizer
@@ -35,6 +36,7 @@ if [ "$on_gpu" ]; then
 else
     run cast cast --repeats 3
     run linear linear --width 128 --layers 2 --tokens 64 --repeats 3
+    run overhead overhead --repeats 3 --calls 5
     run memory memory --hidden-size 64 --length 64
     run block block --repeats 3
     run optimizer optimizer --elements 100000 --repeats 3

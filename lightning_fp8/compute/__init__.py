@@ -2,6 +2,7 @@
 
 from lightning_fp8.compute.autocast import fp8_autocast
 from lightning_fp8.compute.convert import ConversionReport, convert_linears, restore_linears
+from lightning_fp8.compute.fused import fuse_casts
 from lightning_fp8.compute.linear import FP8Linear, end_step
 from lightning_fp8.compute.recipe import PRESETS, Operand, Recipe
 from lightning_fp8.compute.state import fp8_state_dict, load_fp8_state_dict
@@ -22,6 +23,7 @@ __all__ = [
     "end_step",
     "fp8_autocast",
     "fp8_state_dict",
+    "fuse_casts",
     "load_fp8_state_dict",
     "restore_from_transformer_engine",
     "restore_linears",

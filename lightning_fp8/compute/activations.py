@@ -16,7 +16,7 @@ fit the sums that forward kept. Under activation checkpointing the modules do no
 not kept at all; nor do they under torch.compile, whose partitioner decides what is kept.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_fp8.compute.autocast import fp8_enabled
+from lightning_fp8.compute.mixins import Mixin, put_before, take_out
 from lightning_fp8.kernels import cast
 from lightning_fp8.numerics import E4M3, Quantized, dequantize
 
@@ -59,16 +60,17 @@ def keep_activations_in_fp8(module: nn.Module, patterns: Sequence[str]) -> list[
             raise ValueError(f"FP8 activations: no module's name matches {pattern!r}; names end in {ends:.120}.")
     chosen = [name for name in parts if any(fnmatchcase(name, pattern) for pattern in patterns)]
     for name, part in parts.items():
-        keeps = isinstance(part, _KeepsFP8)
-        if keeps and name not in chosen:
-            part.__class__ = type(part).__bases__[1]
-        elif name in chosen and not keeps:
-            part.__class__ = _keeping(type(part))
+        if name in chosen:
+            put_before(part, _KeepsFP8)
+        else:
+            take_out(part, _KeepsFP8)
     return chosen
 
 
-class _KeepsFP8:
+class _KeepsFP8(Mixin):
     """What is put before a module's class."""
+
+    surrounds = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         parent: Any = super()
@@ -76,25 +78,6 @@ class _KeepsFP8:
             return parent.forward(*args, **kwargs)
         with _fp8_storage():
             return parent.forward(*args, **kwargs)
-
-    def __reduce__(self) -> tuple[Callable[[type], Any], tuple[type], dict[str, Any]]:
-        """Copies and pickles, for which a class made here has no name."""
-        return _rebuild, (type(self).__bases__[1],), self.__dict__
-
-
-_made: dict[type, Any] = {}
-
-
-def _keeping(kind: type) -> Any:
-    """The class that does what `kind` does and keeps FP8; one for each."""
-    if kind not in _made:
-        _made[kind] = type(kind.__name__, (_KeepsFP8, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
-    return _made[kind]
-
-
-def _rebuild(kind: type) -> Any:
-    made = _keeping(kind)
-    return made.__new__(made)
 
 
 def _others_decide() -> bool:

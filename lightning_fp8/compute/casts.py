@@ -95,15 +95,7 @@ def shared_cast(
         # Inference tensors count no versions, and as casts they could not be saved for the backward of a later pass; a
         # compiled graph shares equal casts by itself.
         return cast(x, role, recipe, scales, shared, rows=rows, columns=columns)
-    base = x._base
-    whole = base if base is not None and base.numel() == x.numel() else x
-    casts: _Casts | None = _known.get(whole)
-    if casts is None or casts.version != x._version:
-        casts = _known[whole] = _Casts(x._version, {})
-    layout = None if x.is_contiguous() else (x.shape, x.stride())
-    remembering = recipe if shared or scales is not None else None
-    key = _Key(x.shape[-1], int(x.storage_offset()), layout, recipe.operand(role), remembering)
-    step = -1 if scales is None else scales.scale._version
+    casts, key, step = _place(x, role, recipe, scales, shared)
     made_at, made = casts.made.get(key, (step, Cast()))
     if made_at != step:
         made = Cast()
@@ -113,6 +105,27 @@ def shared_cast(
         made = Cast(made.rows or new.rows, made.columns or new.columns, new.amax)
         casts.made[key] = step, made
     return made
+
+
+def know_cast(x: Tensor, made: Cast, role: Role, recipe: Recipe, scales: DelayedScales | None) -> None:
+    """Lets `shared_cast` find a cast of `x` that was made together with `x` itself."""
+    casts, key, step = _place(x, role, recipe, scales, False)
+    casts.made[key] = step, made
+
+
+def _place(
+    x: Tensor, role: Role, recipe: Recipe, scales: DelayedScales | None, shared: bool
+) -> tuple[_Casts, _Key, int]:
+    """Where a cast of `x` is kept: among which, under which key, and the version of the scale that it is for."""
+    base = x._base
+    whole = base if base is not None and base.numel() == x.numel() else x
+    casts: _Casts | None = _known.get(whole)
+    if casts is None or casts.version != x._version:
+        casts = _known[whole] = _Casts(x._version, {})
+    layout = None if x.is_contiguous() else (x.shape, x.stride())
+    remembering = recipe if shared or scales is not None else None
+    key = _Key(x.shape[-1], int(x.storage_offset()), layout, recipe.operand(role), remembering)
+    return casts, key, -1 if scales is None else scales.scale._version
 
 
 def forget_casts(x: Tensor) -> None:

@@ -54,11 +54,15 @@ class FP8Linear(nn.Linear):
     fp8_fallback: bool
     fp8_weight_amax: Tensor | None
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Returns x w^T + b."""
-        if self.fp8_fallback or not (self.fp8_active and fp8_enabled()):
+    def runs_in_fp8(self) -> bool:
+        """Whether it does now."""
+        return self.fp8_active and not self.fp8_fallback and fp8_enabled()
+
+    def forward(self, input: Tensor, made: Cast | None = None) -> Tensor:
+        """Returns x w^T + b; `made` is the cast of the input, where that was made elsewhere (`fused.py`)."""
+        if not self.runs_in_fp8():
             return super().forward(input)
-        recipe, scales = self.fp8_recipe, self._move_scales(input.device)
+        recipe, scales = self.fp8_recipe, self.scales_on(input.device)
         trained = torch.is_grad_enabled() and self.weight.requires_grad
         learning = torch.is_grad_enabled() and not scales_frozen()
         # What evaluates may hold other weights for a while, averaged ones say, written past the version counter. So is
@@ -67,7 +71,7 @@ class FP8Linear(nn.Linear):
         cache_weights = self.fp8_cache_weights and torch.is_grad_enabled() and not sharded
         how = _How(recipe, self.fp8_backend, scales, cache_weights, learning)
         forward = recipe.uses_fp8("forward")
-        x8 = how.cast(input, "input", rows=forward, columns=trained and recipe.uses_fp8("weight_grad"))
+        x8 = how.cast(input, "input", rows=forward, columns=trained and recipe.uses_fp8("weight_grad"), made=made)
         w8 = how.cast(self.weight, "weight", rows=forward)
         dtype = _compute_dtype(input)
         y: Tensor = _ThreeGemms.apply(input, x8.rows, x8.columns, self.weight, w8.rows, self.bias, dtype, how)
@@ -77,10 +81,11 @@ class FP8Linear(nn.Linear):
         """Takes the scaling state along when the layer moves, as a buffer would go."""
         move: Any = super()._apply
         move(fn, recurse)
-        self._move_scales(self.weight.device)
+        self.scales_on(self.weight.device)
         return self
 
-    def _move_scales(self, device: torch.device) -> DelayedScales | None:
+    def scales_on(self, device: torch.device) -> DelayedScales | None:
+        """The state of delayed scaling, moved to `device`."""
         if self.fp8_scales is not None and self.fp8_scales.scale.device != device:
             self.fp8_scales = self.fp8_scales.to(device)
         return self.fp8_scales
@@ -151,12 +156,14 @@ class _How(NamedTuple):
     cache_weights: bool
     learning: bool
 
-    def cast(self, x: Tensor, role: Role, *, rows: bool = False, columns: bool = False) -> Cast:
-        """An operand, cast or found cast; a training step takes note of its amax."""
+    def cast(
+        self, x: Tensor, role: Role, *, rows: bool = False, columns: bool = False, made: Cast | None = None
+    ) -> Cast:
+        """An operand, cast, found cast or given so; a training step takes note of its amax."""
         kept = role == "input" or (role == "weight" and self.cache_weights)
         if isinstance(x, GatheredWeight):
             made = x.cast()
-        else:
+        elif made is None:
             make = shared_cast if kept else cast
             shared = self.recipe.sync_amax and self.learning and role != "weight"
             made = make(x, role, self.recipe, self.scales, shared, rows=rows, columns=columns)

@@ -95,6 +95,11 @@ def cast(
     made = Outputs(
         *torch.ops.lightning_fp8.cast(x.contiguous(), remembered, fmt.name, *tile, power_of_two, rows, columns)
     )
+    return collect(made, tile, rows, columns)
+
+
+def collect(made: Outputs, tile: Tile, rows: bool, columns: bool) -> Cast:
+    """The operator's outputs as a cast; views."""
     square, whole = tile[0] == tile[1], tile == WHOLE
     return Cast(
         _quantized(made.rows, made.row_scale, tile) if rows else None,

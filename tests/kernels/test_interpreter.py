@@ -12,7 +12,13 @@ pytest.importorskip("triton", reason="Triton has no wheels for this platform")
 
 
 @pytest.mark.parametrize(
-    ("file", "tests"), [("interpreted.py", 100), ("interpreted_adamw.py", 25), ("interpreted_gradients.py", 60)]
+    ("file", "tests"),
+    [
+        ("interpreted.py", 100),
+        ("interpreted_adamw.py", 25),
+        ("interpreted_gradients.py", 60),
+        ("interpreted_fused.py", 60),
+    ],
 )
 def test_kernels_agree_with_their_reference(file, tests):
     command = [

@@ -2,7 +2,8 @@
 
 One read of bf16 makes both layouts, 2 + 1 + 1 bytes an element: a program holds a square of 128 x 128, in which the
 pieces of rows, of columns and the square itself are all whole, so nobody else's amax is needed. Scales of pieces of
-rows are stored column by column, those of pieces of columns row by row: so GEMM hardware reads them.
+rows are stored column by column, those of pieces of columns row by row: so GEMM hardware reads them. What is cast by
+pieces is x, or made of it and of `other` as `sources.py` says.
 """
 
 import triton
@@ -18,6 +19,7 @@ from lightning_fp8.kernels.triton.encode import (
     store_rows,
     tile_origin,
 )
+from lightning_fp8.kernels.triton.sources import load_source
 
 SIDE = 128
 
@@ -42,6 +44,8 @@ def squares_kernel(
 @triton.jit
 def pieces_kernel(
     x_ptr,
+    other_ptr,
+    rstd_ptr,
     rows_ptr,
     columns_ptr,
     row_scale_ptr,
@@ -56,7 +60,7 @@ def pieces_kernel(
     """Casts a square by pieces of LENGTH; both arrays of scales lie as [pieces of a line, lines]."""
     top, left = tile_origin(K, SIDE, SIDE)
     m, k = top + tl.arange(0, SIDE), left + tl.arange(0, SIDE)
-    x = load_tile(x_ptr, m, k, M, K)
+    x = load_source(x_ptr, other_ptr, rstd_ptr, m, k, M, K)
     if rows_ptr is not None:
         codes, scale = _cast_pieces(x, FP8, POWER_OF_TWO, LENGTH, SIDE)
         _store_scales(scale, row_scale_ptr, m, left, M, K, LENGTH, SIDE)
