@@ -63,8 +63,8 @@ def test_the_error_is_that_of_the_casts_that_the_gemms_were_given(monkeypatch, r
     given = {}
     original = linear._How.cast
 
-    def noted(how, x, role, *, rows=False, columns=False):
-        cast = original(how, x, role, rows=rows, columns=columns)
+    def noted(how, x, role, *, rows=False, columns=False, made=None):
+        cast = original(how, x, role, rows=rows, columns=columns, made=made)
         found = cast.rows if rows else cast.columns
         if found is not None and role not in given:
             given[role] = x.detach().reshape(-1, x.shape[-1]).clone(), found

@@ -162,11 +162,10 @@ LATE = replace(TASK, lr=1e-4)  # as late in a schedule, where updates are small
 IN_BF16 = replace(LATE, recipe="tensorwise", weights="bf16", sample_every=10)
 RARE = replace(TASK, source=rare_words, lr=3e-3)
 RARE_FP8 = replace(RARE, recipe="tensorwise")
-# Wider decoders differ by 5 % from seed to seed at this rate, with QK-norm too. Of three schedules tried with the cure
-# a cosine over 150 steps left one seed outside its margin, and the other two were inside: the break is sure, the cure
-# is shown only just.
+# Wider decoders differ by 5 % from seed to seed at this rate, with QK-norm too. After 145 steps its gains have grown so
+# far that the logits of one clean run of three are beyond the limit, rightly; before 100 steps none are.
 NARROW = replace(SMALL, hidden_size=32, intermediate_size=64)
-HIGH = replace(TASK, source=copies, config=NARROW, lr=0.3, end=1.0)
+HIGH = replace(TASK, source=copies, config=NARROW, steps=100, lr=0.3, end=1.0)
 SPIKED = replace(FP8, faults=(partial(Poison, 70),))
 BOTH = replace(TASK, source=last_two)
 BENT = replace(BOTH, recipe="tensorwise", faults=(partial(Aligned, 50, 300.0),), guard=(("alarms", SEVERE),))
