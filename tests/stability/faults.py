@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from trials import REWIND, Setup, skips
 
 from lightning_fp8 import Recipe
-from lightning_fp8.callbacks.guard import DEFAULT_ALARMS
+from lightning_fp8.callbacks.guard import DEFAULT_ALARMS, Alarm
 from lightning_fp8.data.synthetic import TokenSource, markov_copy, zipf
 from lightning_fp8.models import Decoder
 from lightning_fp8.numerics import E4M3, Format, quantize
@@ -162,10 +162,14 @@ LATE = replace(TASK, lr=1e-4)  # as late in a schedule, where updates are small
 IN_BF16 = replace(LATE, recipe="tensorwise", weights="bf16", sample_every=10)
 RARE = replace(TASK, source=rare_words, lr=3e-3)
 RARE_FP8 = replace(RARE, recipe="tensorwise")
-# Wider decoders differ by 5 % from seed to seed at this rate, with QK-norm too. After 145 steps its gains have grown so
-# far that the logits of one clean run of three are beyond the limit, rightly; before 100 steps none are.
+# Wider decoders differ by 5 % from seed to seed at this rate, with QK-norm too. Of three schedules tried with the cure
+# a cosine over 150 steps left one seed outside its margin, and the other two were inside: the break is sure, the cure
+# is shown only just.
 NARROW = replace(SMALL, hidden_size=32, intermediate_size=64)
-HIGH = replace(TASK, source=copies, config=NARROW, steps=100, lr=0.3, end=1.0)
+# At this rate gains of the norms grow for as long as it lasts, and with them logits: with QK-norm to 37 ... 111 in 150
+# steps, where a warning at 100 is right; without it they pass 1,000 within 35 and go on to 50,000 and more.
+ONE_HOT = Alarm("logit_max", 1e3, ("attention",))
+HIGH = replace(TASK, source=copies, config=NARROW, lr=0.3, end=1.0, guard=(("alarms", (ONE_HOT,)),))
 SPIKED = replace(FP8, faults=(partial(Poison, 70),))
 BOTH = replace(TASK, source=last_two)
 BENT = replace(BOTH, recipe="tensorwise", faults=(partial(Aligned, 50, 300.0),), guard=(("alarms", SEVERE),))
@@ -216,8 +220,10 @@ FAULTS = (
         broken=replace(
             FP8, recipe="delayed", during=partial(patch, "lightning_fp8.numerics.quantize._saturate", unsaturated)
         ),
-        cured=replace(FP8, recipe="delayed"),
-        cure="clamp before the cast",
+        # The clamp alone leaves one seed of three outside, +0.043: in the warm-up scales of earlier steps cut too much.
+        # The margin alone leaves the alarm on, and another seed outside, +0.063.
+        cured=replace(FP8, recipe=Recipe(scaling="delayed", margin=1)),
+        cure="clamp before the cast, margin=1",
     ),
     Fault(
         name="gate and up projection aligned",
