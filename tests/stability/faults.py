@@ -220,8 +220,10 @@ FAULTS = (
         broken=replace(
             FP8, recipe="delayed", during=partial(patch, "lightning_fp8.numerics.quantize._saturate", unsaturated)
         ),
-        cured=replace(FP8, recipe="delayed"),
-        cure="clamp before the cast",
+        # The clamp alone leaves one seed of three outside, +0.043: in the warm-up scales of earlier steps cut too much.
+        # The margin alone leaves the alarm on, and another seed outside, +0.063.
+        cured=replace(FP8, recipe=Recipe(scaling="delayed", margin=1)),
+        cure="clamp before the cast, margin=1",
     ),
     Fault(
         name="gate and up projection aligned",
