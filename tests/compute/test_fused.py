@@ -1,6 +1,7 @@
 """Norms and MLPs that hand FP8 on: the same bits as without, fewer casts and less kept; on GPUs see `kernels/`."""
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -84,6 +85,12 @@ def test_only_what_attention_makes_is_cast_afterwards(monkeypatch, recipe):
         roles.clear()
         step(model)
         assert roles.count("input") == CONFIG.num_layers * (1 if fused and recipe in FUSING else 4)
+
+
+def test_scales_that_processes_share_are_left_to_the_layers(monkeypatch):
+    roles = counting(monkeypatch)
+    step(decoder(dataclasses.replace(PRESETS["tensorwise"], sync_amax=True)))
+    assert roles.count("input") == 4 * CONFIG.num_layers
 
 
 @pytest.mark.parametrize("how", ["selective", "full"])
