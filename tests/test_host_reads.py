@@ -2,7 +2,7 @@
 
 Twice, for each way of looking misses something. On a CPU reads go through the dispatcher, which counts them, but not
 those that copy a tensor to the host, as `tolist` does: it is there already. On the meta device there is nothing to be
-read, so whatever tries to is an error; kernels' operators, native GEMMs and the optimizer's kernel stand in for a GPU's.
+read, so whatever tries to is an error; the operators of the kernels and native GEMMs are called there, as on a GPU.
 """
 
 import importlib

@@ -2,9 +2,6 @@
 
 import importlib
 import importlib.util
-import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -187,18 +184,3 @@ def test_the_host_reads_that_are_counted_are_seen():
     with Log() as log:
         float(torch.ones(2).sum())
     assert READS & log.names()
-
-
-def test_the_benchmark_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
-    path = Path(__file__).parents[2] / "benchmarks" / "cast.py"
-    spec = importlib.util.spec_from_file_location("benchmark_of_casts", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    size = ["--rows", "32", "--columns", "64", "--repeats", "2", "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", ["cast.py", *size, "--json", str(tmp_path / "x.json")])
-    module.main()
-    assert "the reference in plain torch" in capsys.readouterr().out
-    written = json.loads((tmp_path / "x.json").read_text())
-    assert written["arms"]["copy"]["bytes"] == 32 * 64 * 4
-    assert written["arms"]["tensor, delayed: both"]["bytes"] == 32 * 64 * (2 + 2)
-    assert all(arm["bytes_per_second"] > 0 for arm in written["arms"].values())
