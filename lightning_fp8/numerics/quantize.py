@@ -130,7 +130,7 @@ def _as_matrix(tiles: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _beside_tiles(scale: Tensor) -> Tensor:
-    """Scales [tiles down, tiles across] as a view that broadcasts against tiles; one operation, where indexing is two."""
+    """Scales [tiles down, tiles across] as a view beside tiles: one operation, where indexing is two."""
     down, across = scale.shape
     return scale.view(down, 1, across, 1)
 

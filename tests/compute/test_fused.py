@@ -18,8 +18,8 @@ from lightning_fp8.compute.activations import keep_activations_in_fp8
 from lightning_fp8.compute.fused import FusedMLP, FusedNorm
 from lightning_fp8.compute.linear import fall_back
 from lightning_fp8.kernels import cast
-from lightning_fp8.kernels.cast import WHOLE
 from lightning_fp8.kernels.fused import gated_cast, normed, normed_cast
+from lightning_fp8.kernels.outputs import WHOLE
 from lightning_fp8.models import Decoder, DecoderConfig
 from lightning_fp8.numerics import E4M3
 
