@@ -38,7 +38,7 @@ else
     run linear linear --width 128 --layers 2 --tokens 64 --repeats 3
     run overhead overhead --repeats 3 --calls 5
     run memory memory --hidden-size 64 --length 64
-    run block block --repeats 3
+    run block block --repeats 3 --arms bf16 tensorwise tensorwise+fused blockwise torchao te # compiling takes its time
     run optimizer optimizer --elements 100000 --repeats 3
     run train-toy train --size toy --rounds 1
 fi
