@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from arms import Arm, arms
+from arms import FUSED, Arm, arms
 from measuring import Timing, interleaved, print_table, write
 from torch import Tensor
 
@@ -56,7 +56,7 @@ def main() -> None:
     on_cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if on_cuda else "cpu")
-    parser.add_argument("--arms", nargs="+", default=["bf16", *PRESETS, "torchao", "te"])
+    parser.add_argument("--arms", nargs="+", default=["bf16", *PRESETS, *FUSED, "torchao", "te"])
     parser.add_argument("--hidden-size", type=int, default=4096 if on_cuda else 128)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--length", type=int, default=4096 if on_cuda else 64)

@@ -17,18 +17,14 @@ after; in fp32 but for the arm of plain bf16, whose moments are as its weights.
 
 import argparse
 import contextlib
-import json
-import platform
-import statistics
-import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator
-from importlib import metadata
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from measuring import Timing, print_table, write
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -91,10 +87,13 @@ def parameters(elements: int, dtype: torch.dtype, device: str) -> list[nn.Parame
     return params
 
 
-def measure(arms: dict[str, Arm], elements: int, device: str, repeats: int, *, cpu_time: bool) -> dict[str, Any]:
-    """For each arm seconds a step (quartiles) and bytes a parameter; an arm that fails says why instead."""
+def measure(
+    arms: dict[str, Arm], elements: int, device: str, repeats: int, *, cpu_time: bool
+) -> dict[str, dict[str, Any]]:
+    """For each arm the time of a step and bytes a parameter; an arm that fails says why instead."""
     clock = time.process_time if cpu_time else time.perf_counter
-    running, found = {}, {}
+    running: dict[str, Optimizer] = {}
+    found: dict[str, dict[str, Any]] = {}
     for name, arm in arms.items():
         params = parameters(elements, arm.dtype, device)
         try:
@@ -106,7 +105,8 @@ def measure(arms: dict[str, Arm], elements: int, device: str, repeats: int, *, c
             continue
         state = [tensor for state in optimizer.state.values() for tensor in state.values()]
         tensors = [*params, *(p.grad for p in params), *state]
-        found[name] = {"bytes_per_param": sum(map(size_of, tensors)) / sum(p.numel() for p in params)}
+        count = sum(p.numel() for p in params)
+        found[name] = {"B/param": sum(map(size_of, tensors)) / count}
         running[name] = optimizer
     seconds: dict[str, list[float]] = {name: [] for name in running}
     for repeat in range(repeats + 2):
@@ -117,9 +117,13 @@ def measure(arms: dict[str, Arm], elements: int, device: str, repeats: int, *, c
             hardware.wait_for(torch.device(device))
             if repeat >= 2:  # the first ones fill caches
                 seconds[name].append(clock() - started)
-    for name, times in seconds.items():
-        low, median, high = statistics.quantiles(times, n=4, method="inclusive")
-        found[name] |= {"seconds": median, "quartiles": [low, high]}
+    timings = {name: Timing.of(times) for name, times in seconds.items()}
+    fp32 = timings.get("torch fused fp32")
+    for name, timing in timings.items():
+        times = {"ms": 1e3 * timing.median, "low": 1e3 * timing.low, "high": 1e3 * timing.high}
+        found[name] = times | {"ns/param": 1e9 * timing.median / count} | found[name]
+        if fp32:
+            found[name]["x fused fp32"] = fp32.median / timing.median
     return found
 
 
@@ -163,39 +167,6 @@ def errors(arms: dict[str, Arm], device: str) -> dict[str, float]:
     return found
 
 
-def setting(args: argparse.Namespace) -> dict[str, Any]:
-    """The machine, the versions and the options."""
-    versions = {"torch": torch.__version__, "python": platform.python_version()}
-    for package in OTHERS:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
-    )
-    return {
-        "machine": hardware.describe_device(),
-        "versions": versions,
-        "commit": git.stdout.strip(),
-        "setting": {key: value for key, value in vars(args).items() if key not in ("json", "arms")},
-    }
-
-
-def lines(results: dict[str, Any], elements: int) -> Iterable[str]:
-    """The table."""
-    unit = results.get("torch fused fp32", {}).get("seconds")
-    yield f"{'arm':32} {'ms':>9} {'quartiles':>19} {'ns/param':>9} {'/ fp32':>7} {'B/param':>8} {'relL2 %':>8}"
-    for name, r in results.items():
-        if "refused" in r:
-            yield f"{name:32} {r['refused']}"
-            continue
-        low, high = (1e3 * value for value in r["quartiles"])
-        ratio = f"{r['seconds'] / unit:7.2f}" if unit else f"{'-':>7}"
-        yield (
-            f"{name:32} {1e3 * r['seconds']:9.2f} {low:9.2f}-{high:9.2f} {1e9 * r['seconds'] / elements:9.2f} {ratio} "
-            f"{r['bytes_per_param']:8.3f} {100 * r['update_error']:8.3f}"
-        )
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--elements", type=int, default=1 << 25)
@@ -207,15 +178,16 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     arms = {name: arm for name, arm in all_arms().items() if not args.arms or any(part in name for part in args.arms)}
     results = measure(arms, args.elements, args.device, args.repeats, cpu_time=args.cpu_time)
-    running = {name: arm for name, arm in arms.items() if "seconds" in results[name]}
+    running = {name: arm for name, arm in arms.items() if "ms" in results[name]}
     for name, error in errors(running, args.device).items():
-        results[name]["update_error"] = error
+        results[name]["relL2 %"] = 100 * error
     count = sum(p.numel() for p in parameters(args.elements, torch.bfloat16, "meta"))
     print(f"{count:,} parameters, {hardware.describe_device()}")
-    for line in lines(results, count):
-        print(line)
-    if args.json:
-        args.json.write_text(json.dumps({**setting(args), "arms": results}, indent=2) + "\n")
+    for name in results.keys() - running.keys():
+        print(f"{name}: {results[name]['refused']}")
+    if running:
+        print_table({name: {key: f"{value:.4g}" for key, value in results[name].items()} for name in running})
+    write(args.json, "optimizer", vars(args), results)
 
 
 if __name__ == "__main__":

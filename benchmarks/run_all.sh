@@ -31,14 +31,14 @@ if [ "$on_gpu" ]; then
     run optimizer optimizer
     run train-150m train --size 150m --compile
     run train-150m-eager train --size 150m
-    run train-1b train --size 1b --compile --arms mixed bf16 tensorwise delayed rowwise torchao te
-    run train-8b train --size 8b --layers 0 --compile --batch-size 1 --length 4096 --arms mixed tensorwise torchao te
+    run train-1b train --size 1b --compile --arms mixed bf16 tensorwise tensorwise+fused delayed delayed+fused rowwise torchao te
+    run train-8b train --size 8b --layers 0 --compile --batch-size 1 --length 4096 --arms mixed tensorwise tensorwise+fused torchao te
 else
     run cast cast --repeats 3
     run linear linear --width 128 --layers 2 --tokens 64 --repeats 3
     run overhead overhead --repeats 3 --calls 5
     run memory memory --hidden-size 64 --length 64
-    run block block --repeats 3
+    run block block --repeats 3 --arms bf16 tensorwise tensorwise+fused blockwise torchao te # compiling takes its time
     run optimizer optimizer --elements 100000 --repeats 3
     run train-toy train --size toy --rounds 1
 fi

@@ -7,7 +7,7 @@ The arms, all with the same initial weights and data:
 
     mixed        fp32 weights, bf16 autocast, torch's fused AdamW: 16 bytes a parameter
     bf16         bf16 weights rounded stochastically, fp32 moments: 12
-    a recipe     the same weights, FP8 GEMMs of that recipe, FP8 moments: 6
+    a recipe     the same weights, FP8 GEMMs of that recipe, FP8 moments: 6; "+fused": norms and MLPs write FP8
     torchao, te  fp32 weights, their FP8 linear layers, torch's fused AdamW
 
 Arms run one after the other, each built anew and alone on the device, because two may not fit beside each other; the
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arms import Arm, arms
+from arms import FUSED, Arm, arms
 from measuring import Timing, interleaved, print_table, write
 from torch import nn
 
@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if on_cuda else "cpu")
     parser.add_argument("--size", choices=SIZES, default="150m" if on_cuda else "toy")
     parser.add_argument("--layers", type=int, help="instead of the size's own; 0: as many as fit")
-    parser.add_argument("--arms", nargs="+", default=["mixed", "bf16", *PRESETS, "torchao", "te"])
+    parser.add_argument("--arms", nargs="+", default=["mixed", "bf16", *PRESETS, *FUSED, "torchao", "te"])
     parser.add_argument("--batch-size", type=int, default=8 if on_cuda else 2)
     parser.add_argument("--length", type=int, default=2048 if on_cuda else 32)
     parser.add_argument("--checkpointing", choices=["none", "selective", "full"], default="none")
@@ -144,9 +144,11 @@ def main() -> None:
 
 def _row(results: list[tuple[Timing, int | None]], config: DecoderConfig, args: argparse.Namespace) -> dict[str, float]:
     tokens = args.batch_size * args.length
-    fastest = min(timing.median for timing, _ in results)
+    fastest, low, high = min(timing for timing, _ in results)
     row = {
         "ms": 1e3 * fastest,
+        "low": 1e3 * low,
+        "high": 1e3 * high,
         "slowest round": 1e3 * max(timing.median for timing, _ in results),
         "tokens/s": tokens / fastest,
     }

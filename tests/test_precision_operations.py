@@ -93,4 +93,4 @@ def test_a_step_has_no_host_read_and_few_more_operations(monkeypatch, recipe, bi
     # magnitudes a layer, by a maximum and a copy each, and advances all layers at once.
     delayed = recipe == "delayed"
     assert a_layer == (2 if bias else 0) + (3 * 2 if delayed else 0)
-    assert a_step == (44 if delayed else 0)
+    assert a_step == (41 if delayed else 0)

@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lightning_fp8.compute.casts import know_cast
-from lightning_fp8.compute.linear import FP8Linear
+from lightning_fp8.compute.linear import FP8Linear, autocast_dtype
 from lightning_fp8.compute.mixins import Mixin, put_before, take_out
 from lightning_fp8.compute.recipe import ROLES
 from lightning_fp8.kernels.fused import gated_cast, normed_cast, rms_norm_backward
@@ -153,7 +153,7 @@ class FusedNorm(Mixin):
         reader: Any = self.__dict__["fp8_reader"]
         parent: Any = super()
         # Autocast decides by device in which dtype a norm computes; in fp32 all agree.
-        theirs = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float32
+        theirs = autocast_dtype(x) is not None and x.dtype != torch.float32
         no_table = torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
         if theirs or no_table or not _reads_codes(reader):
             plain: Tensor = parent.forward(x)

@@ -73,7 +73,7 @@ class FP8Linear(nn.Linear):
         forward = recipe.uses_fp8("forward")
         x8 = how.cast(input, "input", rows=forward, columns=trained and recipe.uses_fp8("weight_grad"), made=made)
         w8 = how.cast(self.weight, "weight", rows=forward)
-        dtype = _compute_dtype(input)
+        dtype = autocast_dtype(input) or input.dtype
         y: Tensor = _ThreeGemms.apply(input, x8.rows, x8.columns, self.weight, w8.rows, self.bias, dtype, how)
         return y
 
@@ -227,9 +227,11 @@ class _ThreeGemms(torch.autograd.Function):
         return None if dx is None else dx.view(ctx.x_shape), None, None, dw, None, db, None, None
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """That of torch.autocast where `x` lies; None where it is off, or unknown as on the meta device."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_fp8 import hardware
+from lightning_fp8.kernels.outputs import WHOLE, Outputs, allocate
 from lightning_fp8.numerics import FORMATS, Format, Quantized, quantize
 from lightning_fp8.numerics.quantize import Tile, amax, quantize_to, scale_of
 
@@ -36,26 +37,6 @@ class Cast(NamedTuple):
     amax: Tensor | None = None
 
 
-class Outputs(NamedTuple):
-    """What the operator returns; what was not asked for or does not exist has no elements.
-
-    Attributes:
-        rows: float8 [M, K].
-        columns: float8 [K, M].
-        row_scale: fp32: a scalar, the scale of both layouts; or [M, 1]; or one a tile. Squares serve both layouts;
-            pieces of rows have theirs stored column by column, as GEMM hardware reads them.
-        column_scale: fp32 [1, K], or one a tile.
-        amax: fp32, a scalar where the scale is.
-    """
-
-    rows: Tensor
-    columns: Tensor
-    row_scale: Tensor
-    column_scale: Tensor
-    amax: Tensor
-
-
-WHOLE: Tile = (None, None)
 _TILES_WITH_KERNELS = (WHOLE, (1, None), (1, 128), (1, 32), (128, 128))
 
 
@@ -138,33 +119,6 @@ def reference(
 def _quantized(codes: Tensor, scale: Tensor, tile: Tile) -> Quantized:
     rows, columns = tile
     return Quantized(codes, scale, None if rows is None or columns is None else (rows, columns))
-
-
-def allocate(x: Tensor, fmt: Format, tile: Tile, rows: bool, columns: bool) -> Outputs:
-    """The operator's outputs, not yet filled: what they are for fake tensors."""
-    (m, k), (height, width) = x.shape, tile
-
-    def fp32(*shape: int) -> Tensor:
-        return x.new_empty(shape, dtype=torch.float32)
-
-    if tile == WHOLE:
-        row_scale, column_scale = fp32(), fp32(0)
-    elif height == width:
-        row_scale, column_scale = fp32(_tiles(m, height), _tiles(k, width)), fp32(0)
-    else:
-        row_scale = fp32(_tiles(k, width), m).t() if rows else fp32(0)
-        column_scale = fp32(_tiles(m, width), k) if columns else fp32(0)
-    return Outputs(
-        x.new_empty((m, k) if rows else (0,), dtype=fmt.dtype),
-        x.new_empty((k, m) if columns else (0,), dtype=fmt.dtype),
-        row_scale,
-        column_scale,
-        fp32() if tile == WHOLE else fp32(0),
-    )
-
-
-def _tiles(size: int, length: int | None) -> int:
-    return 1 if length is None else -(-size // length)
 
 
 torch.library.define(

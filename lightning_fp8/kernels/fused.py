@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_fp8 import hardware
-from lightning_fp8.kernels.cast import WHOLE, Cast, Outputs, allocate, cast, collect, fill_by_reference
+from lightning_fp8.kernels.cast import Cast, cast, collect, fill_by_reference
+from lightning_fp8.kernels.outputs import WHOLE, Outputs, allocate
 from lightning_fp8.numerics import FORMATS, Format
 from lightning_fp8.numerics.quantize import Tile
 

@@ -74,8 +74,8 @@ def scale_of(amax: Tensor, fmt: Format, *, power_of_two: bool = False) -> Tensor
     if power_of_two:
         # Through the bits: the exponent field of the next power of two at or above the scale. Non-finite stays so.
         rounded = ((scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
-        scale = torch.where(scale.isfinite(), rounded, scale)
-    return torch.where(amax == 0, torch.ones_like(scale), scale)
+        scale = torch.where(scale < torch.inf, rounded, scale)
+    return scale.masked_fill(amax == 0, 1.0)
 
 
 def quantize(x: Tensor, fmt: Format, *, tile: Tile | None = None, power_of_two: bool = False) -> Quantized:
@@ -109,7 +109,7 @@ def quantize_to(x: Tensor, fmt: Format, scale: Tensor) -> Tensor:
 def _quantize_tiles(x: Tensor, fmt: Format, tile: tuple[int, int], power_of_two: bool) -> Quantized:
     tiles = _in_tiles(x.float(), tile)
     scale = scale_of(tiles.abs().amax(dim=(1, 3)), fmt, power_of_two=power_of_two)
-    codes = _saturate(tiles / scale[:, None, :, None], fmt)
+    codes = _saturate(tiles / _beside_tiles(scale), fmt)
     return Quantized(_as_matrix(codes, x.shape).contiguous(), scale, tile)
 
 
@@ -125,7 +125,14 @@ def _in_tiles(x: Tensor, tile: tuple[int, int]) -> Tensor:
 def _as_matrix(tiles: Tensor, shape: torch.Size) -> Tensor:
     """The inverse of `_in_tiles`."""
     down, rows, across, columns = tiles.shape
-    return tiles.reshape(down * rows, across * columns)[: shape[0], : shape[1]]
+    whole = tiles.reshape(down * rows, across * columns)
+    return whole if whole.shape == shape else whole[: shape[0], : shape[1]]
+
+
+def _beside_tiles(scale: Tensor) -> Tensor:
+    """Scales [tiles down, tiles across] as a view beside tiles: one operation, where indexing is two."""
+    down, across = scale.shape
+    return scale.view(down, 1, across, 1)
 
 
 def _saturate(scaled: Tensor, fmt: Format) -> Tensor:
@@ -137,7 +144,7 @@ def dequantize(x: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
     values = decode(x.codes, torch.float32)
     if x.tile is None:
         return (values * x.scale).to(dtype)
-    return _as_matrix((_in_tiles(values, x.tile) * x.scale[:, None, :, None]).to(dtype), values.shape)
+    return _as_matrix((_in_tiles(values, x.tile) * _beside_tiles(x.scale)).to(dtype), values.shape)
 
 
 def decode(codes: Tensor, dtype: torch.dtype) -> Tensor:

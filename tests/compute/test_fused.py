@@ -1,6 +1,7 @@
 """Norms and MLPs that hand FP8 on: the same bits as without, fewer casts and less kept; on GPUs see `kernels/`."""
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -17,8 +18,8 @@ from lightning_fp8.compute.activations import keep_activations_in_fp8
 from lightning_fp8.compute.fused import FusedMLP, FusedNorm
 from lightning_fp8.compute.linear import fall_back
 from lightning_fp8.kernels import cast
-from lightning_fp8.kernels.cast import WHOLE
 from lightning_fp8.kernels.fused import gated_cast, normed, normed_cast
+from lightning_fp8.kernels.outputs import WHOLE
 from lightning_fp8.models import Decoder, DecoderConfig
 from lightning_fp8.numerics import E4M3
 
@@ -84,6 +85,12 @@ def test_only_what_attention_makes_is_cast_afterwards(monkeypatch, recipe):
         roles.clear()
         step(model)
         assert roles.count("input") == CONFIG.num_layers * (1 if fused and recipe in FUSING else 4)
+
+
+def test_scales_that_processes_share_are_left_to_the_layers(monkeypatch):
+    roles = counting(monkeypatch)
+    step(decoder(dataclasses.replace(PRESETS["tensorwise"], sync_amax=True)))
+    assert roles.count("input") == 4 * CONFIG.num_layers
 
 
 @pytest.mark.parametrize("how", ["selective", "full"])

@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from lightning_fp8.kernels.cast import WHOLE, allocate, fill_by_reference
+from lightning_fp8.kernels.cast import fill_by_reference
+from lightning_fp8.kernels.outputs import WHOLE, allocate
 from lightning_fp8.kernels.triton import encode, lines, tensor, tiles
 from lightning_fp8.kernels.triton.launch import launch
 from lightning_fp8.numerics import E4M3, E5M2, FORMATS

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from interpreted import assert_same, followed_by_nan, guarded, wild
 
-from lightning_fp8.kernels.cast import WHOLE, allocate, fill_by_reference
+from lightning_fp8.kernels.cast import fill_by_reference
 from lightning_fp8.kernels.fused import gated, normed
+from lightning_fp8.kernels.outputs import WHOLE, allocate
 from lightning_fp8.kernels.triton import norm, sources, tiles
 from lightning_fp8.kernels.triton.launch import launch_gated, launch_normed
 from lightning_fp8.numerics import E4M3, E5M2

@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from lightning_fp8.kernels.cast import WHOLE, allocate  # noqa: E402
+from lightning_fp8.kernels.outputs import WHOLE, allocate  # noqa: E402
 from lightning_fp8.kernels.triton import lines, tensor, tiles  # noqa: E402
 from lightning_fp8.kernels.triton.launch import launch  # noqa: E402
 from lightning_fp8.numerics import E4M3, E5M2  # noqa: E402

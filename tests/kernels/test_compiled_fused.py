@@ -9,7 +9,7 @@ pytest.importorskip("triton", reason="Triton has no wheels for this platform")
 
 from test_compiled import ALLOWANCE, assembly, check_offsets, elements, recording
 
-from lightning_fp8.kernels.cast import WHOLE, allocate
+from lightning_fp8.kernels.outputs import WHOLE, allocate
 from lightning_fp8.kernels.triton import norm, tensor, tiles
 from lightning_fp8.kernels.triton.launch import launch_gated, launch_normed
 from lightning_fp8.numerics import E4M3

@@ -7,7 +7,8 @@ from torch import nn
 from lightning_fp8 import convert_linears, hardware
 from lightning_fp8.compute import PRESETS
 from lightning_fp8.compute.linear import end_step
-from lightning_fp8.kernels.cast import WHOLE, allocate, fill_by_reference
+from lightning_fp8.kernels.cast import fill_by_reference
+from lightning_fp8.kernels.outputs import WHOLE, allocate
 from lightning_fp8.numerics import FORMATS
 
 pytestmark = pytest.mark.gpu

@@ -15,14 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_fp8.kernels.cast import WHOLE, Outputs
+from lightning_fp8.kernels.outputs import WHOLE, Outputs
 from lightning_fp8.kernels.triton import lines, norm, tensor, tiles
 from lightning_fp8.numerics.formats import E4M3, E5M2, Format
 from lightning_fp8.numerics.quantize import Tile
 
 
 def launch(x: Tensor, fmt: Format, tile: Tile, power_of_two: bool, remembered: Tensor | None, outputs: Outputs) -> None:
-    """Fills `outputs` as `kernels.cast` describes them; those without elements are not wanted.
+    """Fills `outputs` as `kernels.outputs` describes them; those without elements are not wanted.
 
     Raises:
         ValueError: x is not a contiguous matrix.
