@@ -119,7 +119,7 @@ def _root(code, lattice, split, gap, roots_ptr):
     point = tl.maximum(code + first[:, None], tl.fma(code, 2.0, (first - 253.0)[:, None]))
     # The nearest whole number, in the low bits of a sum: floor((point + 1/2) / period), clear of rounding.
     octaves = tl.fma(point, step[:, None], (step * 0.5 - 0.5)[:, None]) + NEAREST
-    within = tl.fma(NEAREST - octaves, period[:, None], point) + WHOLE
+    within = tl.fma(-(octaves - NEAREST), period[:, None], point) + WHOLE
     root = tl.load(roots_ptr + (as_int(within) + begin[:, None]))
     # Codes below the split are as many octaves lower as the gap says.
     skipped = tl.where(code < split.to(tl.float32)[:, None], (exponent - (gap << 23))[:, None], exponent[:, None])
