@@ -1,8 +1,8 @@
 // The arithmetic of the step of FP8AdamW on a CPU: random bits, logarithms, and the codes of moments in FP8.
 //
 // These are the torch operations of `numerics/rounding.py`, `numerics/elementary.py` and `numerics/moments.py`, in
-// their order, so that all results are the same to the last bit; what the formulas mean is said there. What is computed for
-// each number has 32 bits and no branches, so that a loop around it becomes one of vectors.
+// their order, so that all results are the same to the last bit; what the formulas mean is said there. What is computed
+// for each number has 32 bits and no branches, so that a loop around it becomes one of vectors.
 
 #pragma once
 
