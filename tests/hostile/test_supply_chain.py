@@ -67,7 +67,7 @@ def test_it_installs_into_an_empty_environment(target: str, tmp_path: Path) -> N
     package = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "lightning_fp8").rglob("*")
-        if path.suffix in (".py", ".cpp", ".typed")
+        if path.suffix in (".py", ".cpp", ".h", ".typed")
     }
     assert package <= held
     assert "lightning_fp8/py.typed" in held

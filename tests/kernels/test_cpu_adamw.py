@@ -1,6 +1,7 @@
 """The C++ step against torch's operations: every bit of weights, codes and scales, and that it is the one that runs."""
 
 import logging
+import platform
 
 import pytest
 import torch
@@ -118,6 +119,18 @@ def test_without_a_compiler_the_operations_run_and_the_log_says_so(fresh, monkey
     assert same(found, trained(weights=BF16, grads=BF16, shape=(9, 300), steps=3))
 
 
+@needs_compiler
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names instruction sets of x86")
+@pytest.mark.parametrize("instructions", ["-march=x86-64", "-march=x86-64-v2", "-march=x86-64-v3"])
+def test_every_bit_is_the_same_whatever_instructions_it_is_built_of(instructions, fresh, monkeypatch, calls):
+    expected = trained(weights=BF16, grads=BF16, shape=(37, 200))
+    build.load.cache_clear()
+    monkeypatch.setattr(build, "_NATIVE", instructions)
+    assert same(trained(weights=BF16, grads=BF16, shape=(37, 200)), expected)
+    assert len(list(fresh.iterdir())) == 2
+    assert len(calls) == 4 * 12
+
+
 @pytest.fixture
 def small(fresh, monkeypatch):
     """A source that compiles at once, in a folder of its own."""
@@ -151,6 +164,11 @@ def test_a_library_is_built_once_and_anew_when_what_it_is_made_of_changes(small,
     monkeypatch.setattr(build, "_FLAGS", (*build._FLAGS, "-DOTHER"))
     assert loaded() == 43
     assert len(list(fresh.iterdir())) == 3
+    small.with_name("question.h").write_text("constexpr int kAnswer = 44;")
+    small.write_text('#include "question.h"\nextern "C" int answer() { return kAnswer; }')
+    assert loaded() == 44
+    small.with_name("question.h").write_text("constexpr int kAnswer = 45;")
+    assert loaded() == 45
 
 
 @needs_compiler

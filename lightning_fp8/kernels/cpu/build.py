@@ -2,7 +2,7 @@
 
 A plain shared library with C functions, called through ctypes: no headers of Python or torch, so that it builds in
 seconds with any compiler and serves every release of both. The result is kept in the user's cache folder, under a name
-that tells the source, the flags, the compiler and the instructions that it uses; a folder shared by different machines
+that tells the sources, the flags, the compiler and the instructions that it uses; a folder shared by different machines
 is no problem.
 """
 
@@ -45,7 +45,8 @@ def _built(source: Path, compiler: str) -> Path:
     command = [compiler, *_FLAGS, _NATIVE, *_threads(compiler)]
     # The predefined macros name the compiler's version and every extension of the instruction set.
     macros = _run([compiler, _NATIVE, "-dM", "-E", "-x", "c++", os.devnull])
-    key = hashlib.sha256("\0".join([source.read_text(), macros, *command]).encode()).hexdigest()[:16]
+    texts = [path.read_text() for path in (source, *sorted(source.parent.glob("*.h")))]
+    key = hashlib.sha256("\0".join([*texts, macros, *command]).encode()).hexdigest()[:16]
     target = _folder() / f"{source.stem}-{key}.so"
     if not target.exists():
         # Under another name first: several processes may build at once, and one may be killed.
