@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from lightning import seed_everything
 from lightning.fabric import Fabric
-from lightning.fabric.strategies import ModelParallelStrategy
+from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 from multi import SHAPE, assert_all_have, different, smooth, state_of, whole
 from ranks import spawn
 from torch import nn
@@ -48,7 +48,9 @@ def loop(folder, data, name, *, plugin=None, recipe=None, optimizer=smooth, seed
     fabric = Fabric(
         accelerator="cpu",
         devices=processes,
-        strategy={"alone": "auto", "ddp": "ddp", "fsdp2": sharded}[name],
+        # DDP lays its buckets out anew after its first step, and a ring of three or more then sums in another order: a
+        # resumed loop is the whole one bit for bit where it does not, which is where it looks for unused parameters.
+        strategy={"alone": "auto", "ddp": DDPStrategy(find_unused_parameters=True), "fsdp2": sharded}[name],
         plugins=[plugin] if plugin else None,
     )
     fabric.launch()
