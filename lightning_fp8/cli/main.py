@@ -44,7 +44,7 @@ _REMEDIES = {
     errno.EISDIR: "it is a folder; give a file",
 }
 _NO_MEMORY = ("can't allocate memory", "Storage size calculation overflowed")  # torch's, of a CPU and of "meta"
-_HEAD, _TAIL = 180, 100  # what is kept of a long line of a message: what is wrong, and the remedy
+_HEAD, _TAIL = 200, 80  # what is kept of a long line of a message: what is wrong, and the remedy
 
 
 def main(argv: Sequence[str] | None = None) -> None:
