@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lightning_fp8.numerics.moments import decode_v, encode_v
+from lightning_fp8.numerics import E4M3
+from lightning_fp8.numerics.moments import FP8Moments, decode_v, encode_v
 from lightning_fp8.numerics.rounding import dither, parameter_key
 
 N, B = 64, 128
@@ -66,6 +67,35 @@ def test_rounding_to_nearest_is_a_ratchet():
     assert error.abs().mean() > 1
     assert error.mean() > 0.5
     assert scale < 0.9
+
+
+def in_a_fixed_range(m, v):
+    """M as it would be stored without a scale of its block: in units of 8 sqrt(v), which no |m| exceeds."""
+    unit = 8 * v.sqrt()
+    spread = ((m / unit).abs() ** 2.5 * E4M3.max).to(E4M3.dtype).double() / E4M3.max
+    return torch.where(v > 0, spread**0.4 * unit, 0.0).copysign(m)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("smaller", [30, 1000])
+def test_updates_keep_their_size_where_gradients_fall_and_v_remembers(smaller, fixed):
+    """M follows in ten steps and v in a thousand, so updates fall with m; in a fixed range they die, or do not fall."""
+    gen, n, (beta1, beta2) = generator(), 8, (0.9, 0.999)
+    m, v = (torch.zeros(n, B, dtype=torch.float64) for _ in range(2))
+    stored_m, stored_v = m, v
+    sizes = []
+    for step, random in enumerate(thresholds(1500, rows=n)):
+        grad = torch.randn(n, B, generator=gen).double() / (smaller if step >= 1000 else 1)
+        m, v = m.lerp(grad, 1 - beta1), v.lerp(grad.square(), 1 - beta2)
+        own_m, own_v = stored_m.lerp(grad, 1 - beta1), stored_v.lerp(grad.square(), 1 - beta2)
+        moments = FP8Moments.encode(own_m.float(), own_v.float(), random)
+        stored_m, stored_v = (moment.double() for moment in moments.decode())
+        if fixed:
+            stored_m = in_a_fixed_range(own_m, stored_v)
+        if step >= 1100:  # of the larger gradients m has forgotten all but .9^100
+            sizes.append((stored_m.abs() / stored_v.sqrt()).mean() / (m.abs() / v.sqrt()).mean())
+    off = (torch.stack(sizes) - 1).abs().max()
+    assert off > 0.5 if fixed else off <= 0.02
 
 
 @pytest.mark.parametrize("beta2", [0.95, 0.99])
