@@ -5,11 +5,15 @@ from typing import Any
 
 import pytest
 import yaml
+from lightning.pytorch import Trainer
 
 from lightning_fp8.cli.main import main
+from lightning_fp8.data import TokenDataModule
+from lightning_fp8.models import DecoderLM
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 QUICKSTART = CONFIGS / "quickstart.yaml"
+PREPARE = CONFIGS / "data" / "quickstart.yaml"
 OVERLAYS = (
     "precision",
     "model",
@@ -21,6 +25,7 @@ OVERLAYS = (
     "strategy",
     "cluster",
     "checkpoint",
+    "data",
 )
 COMMANDS: dict[Path, list[str]] = {
     **{path: ["fit", "--config", str(path)] for path in sorted(CONFIGS.glob("*.yaml"))},
@@ -29,7 +34,7 @@ COMMANDS: dict[Path, list[str]] = {
         for folder in OVERLAYS
         for path in sorted(CONFIGS.glob(f"{folder}/*.yaml"))
     },
-    **{path: ["prepare", "--config", str(path)] for path in sorted(CONFIGS.glob("data/*.yaml"))},
+    PREPARE: ["prepare", "--config", str(PREPARE)],
     **{
         CONFIGS / "evidence" / f"{name}.yaml": [
             "fit",
@@ -51,8 +56,9 @@ def named(path: Path) -> str:
 def differences(wanted: Any, parsed: Any, name: str = "") -> Iterator[str]:
     """Where `parsed` lacks or changes something of `wanted`; it may hold more."""
     if isinstance(wanted, dict) and isinstance(parsed, dict):
-        for key, value in wanted.items():
-            found = parsed.get(key.removesuffix("+"), "nothing")
+        texts = {str(key): value for key, value in parsed.items()}
+        for key, value in ((str(key), value) for key, value in wanted.items()):  # numbers are printed as texts
+            found = texts.get(key.removesuffix("+"), "nothing")
             if key.endswith("+") and isinstance(found, list):  # added to a list of the configuration before
                 found = found[-len(value) :]
             yield from differences(value, found, f"{name}.{key}".strip("."))
@@ -77,6 +83,32 @@ def test_config_parses_to_what_it_says(
     shown = capsys.readouterr()
     assert stopped.value.code == 0, shown.err
     assert list(differences(yaml.safe_load(path.read_text()), yaml.safe_load(shown.out))) == []
+
+
+# What a machine without the hardware of a configuration needs to be told.
+INSTEAD = {
+    CONFIGS / "cluster" / "two-nodes.yaml": "--trainer.devices=1",
+    CONFIGS / "evidence" / "26m.yaml": "--trainer.accelerator=cpu",
+    CONFIGS / "evidence" / "150m.yaml": "--trainer.accelerator=cpu",
+}
+
+
+@pytest.mark.parametrize("path", [path for path, command in COMMANDS.items() if command[0] == "fit"], ids=named)
+def test_config_makes_a_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of its classes are made; what `fit` would then do is for other tests."""
+    made: dict[str, Any] = {}
+    monkeypatch.setattr(Trainer, "fit", lambda self, model, **given: made.update(given, trainer=self, model=model))
+    monkeypatch.setattr(sys, "argv", ["lightning-fp8"])
+    for name, value in {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500", "NODE_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)  # as of a job on several nodes, or it is refused
+    main([*COMMANDS[path], f"--trainer.default_root_dir={tmp_path}", *filter(None, [INSTEAD.get(path)])])
+    assert isinstance(made["model"], DecoderLM)
+    assert isinstance(made["datamodule"], TokenDataModule)
+    wanted = yaml.safe_load(path.read_text()).get("trainer", {})
+    assert made["trainer"].num_nodes == wanted.get("num_nodes", 1)
+    if "callbacks" in wanted:
+        kinds = {type(callback).__name__ for callback in made["trainer"].callbacks}
+        assert {one["class_path"].rpartition(".")[2] for one in wanted["callbacks"]} <= kinds
 
 
 def uncommented(text: str) -> Iterator[str]:
