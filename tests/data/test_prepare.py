@@ -7,6 +7,7 @@ import random
 import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import litdata
 import numpy as np
@@ -14,6 +15,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from litdata.streaming.item_loader import TokensLoader
+from rich.progress import Progress, TaskID
 from tokenizers import Regex, pre_tokenizers, trainers
 
 from lightning_fp8.data import END_OF_TEXT, Manifest, chunks, load_tokenizer, prepare, readers, train_tokenizer
@@ -167,6 +169,32 @@ def test_same_inputs_give_the_same_bytes(corpus: Path, tmp_path: Path) -> None:
     assert [str(path) for path in bins] == ["train/chunk-0-0.bin", "val/chunk-0-0.bin"]
     for name in (*bins, "train/index.json", "val/index.json", "tokenizer.json", "manifest.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+class Counted(Progress):
+    """Progress that nobody sees, and that knows how far each part came."""
+
+    def __init__(self) -> None:
+        super().__init__(disable=True)
+        self.parts: list[tuple[str, float, float | None]] = []
+
+    def reset(self, task_id: TaskID, **given: Any) -> None:
+        task = self.tasks[task_id]
+        self.parts.append((task.description, task.completed, task.total))
+        super().reset(task_id, **given)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_progress_ends_with_the_last_byte(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers
+) -> None:
+    """What remains, from which the time is told, is exact."""
+    progress = Counted()
+    monkeypatch.setattr(PREPARE, "_progress", lambda: progress)
+    (corpus / "more.jsonl.gz").write_bytes(gzip.compress(b"".join(b'{"text": "\\u00e9 a"}\n' for _ in range(500))))
+    prepare([str(corpus)], str(tmp_path / "out"), **OPTIONS, workers=workers)
+    (_, completed, total) = next(part for part in progress.parts if part[0] == "tokenising")
+    assert completed == total == sum(file.size for file in list_files([str(corpus)]) if hash_file(file.path)[1])
 
 
 def test_many_pieces_are_one_stream(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
