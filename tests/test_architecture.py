@@ -6,6 +6,7 @@ that breaks it, so that a rule which has stopped looking is noticed.
 
 import ast
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -284,3 +285,9 @@ def test_imports_where_used_are_let_through(text: str) -> None:
 def test_the_package_is_seen() -> None:
     modules = {source.module for source in sources()}
     assert {"", "__main__", "numerics", "compute.linear", "models.decoder", "cli.main"} <= modules
+
+
+def test_modules_of_tests_and_benchmarks_have_names_of_their_own() -> None:
+    """They are imported by their names alone, each from its folder: of two with one name the first would be taken."""
+    names = [path.name for folder in ("tests", "benchmarks") for path in (PACKAGE.parent / folder).rglob("*.py")]
+    assert [name for name, count in Counter(names).items() if count > 1 and name != "conftest.py"] == []

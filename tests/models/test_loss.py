@@ -2,7 +2,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from memory import peak_bytes
+from peak_memory import peak_bytes
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -2,7 +2,7 @@ import threading
 
 import pytest
 import torch
-from memory import peak_bytes
+from peak_memory import peak_bytes
 from torch import Tensor
 
 from lightning_fp8 import convert_linears, fp8_autocast

@@ -6,12 +6,12 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from arms import DEAD_LOSS_SCALE, SMALL, without_scales
 from judge import Row
 from lightning.pytorch import Callback, LightningModule, Trainer
 from pairs import pairs
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from trained_decoders import DEAD_LOSS_SCALE, SMALL, without_scales
 from trials import REWIND, Setup, skips
 
 from lightning_fp8 import Recipe

@@ -7,13 +7,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from arms import evaluate
 from faults import moments
 from judge import Found, Outcome, Row, complaints, mutants
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from small_models import QUIET
 from torch.utils.data import DataLoader, Subset
+from trained_decoders import evaluate
 from trials import BATCH, LENGTH, Setup, Toy, skips
 
 from lightning_fp8 import FP8Precision

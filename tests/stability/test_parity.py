@@ -7,8 +7,8 @@ keep their moments in fp32, and the learning rate falls to zero, for at a consta
 from dataclasses import replace
 
 import pytest
-from arms import DEAD_LOSS_SCALE, without_scales
 from faults import moments
+from trained_decoders import DEAD_LOSS_SCALE, without_scales
 from trials import Setup, run, skips
 
 SEEDS = (0, 1, 2)

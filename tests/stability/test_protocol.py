@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from arms import SMALL, evaluate
 from faults import RARE_FP8, Aligned, Jumps, PerTensorE4M3, Poison, copies, moments
 from torch import Tensor
+from trained_decoders import SMALL, evaluate
 from trials import REWIND, Run, Setup, Toy, run, skips
 
 from lightning_fp8.data.synthetic import TokenSource, markov_copy

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from arms import SMALL, evaluate, fp32_states
 from lightning.pytorch import Callback, LightningModule, Trainer
 from small_models import QUIET
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
+from trained_decoders import SMALL, evaluate, fp32_states
 
 from lightning_fp8 import FP8Precision, Recipe
 from lightning_fp8.callbacks import FP8Guard, FP8Monitor

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from arms import ARMS, DEAD_LOSS_SCALE, SMALL, backward, train, without_scales
 from torch import Tensor
+from trained_decoders import ARMS, DEAD_LOSS_SCALE, SMALL, backward, train, without_scales
 
 from lightning_fp8 import convert_linears
 from lightning_fp8.data.synthetic import skip_bigram
