@@ -170,6 +170,9 @@ NARROW = replace(SMALL, hidden_size=32, intermediate_size=64)
 # steps, where a warning at 100 is right; without it they pass 1,000 within 35 and go on to 50,000 and more.
 ONE_HOT = Alarm("logit_max", 1e3, ("attention",))
 HIGH = replace(TASK, source=copies, config=NARROW, lr=0.3, end=1.0, guard=(("alarms", (ONE_HOT,)),))
+# At the other rate tensors outgrow delayed scales in the warm-up, and these cost 1 to 6 %, clamp or not.
+STEADY = replace(TASK, lr=3e-3)
+FOLLOWED = replace(STEADY, recipe="delayed")
 SPIKED = replace(FP8, faults=(partial(Poison, 70),))
 BOTH = replace(TASK, source=last_two)
 BENT = replace(BOTH, recipe="tensorwise", faults=(partial(Aligned, 50, 300.0),), guard=(("alarms", SEVERE),))
@@ -216,14 +219,10 @@ FAULTS = (
         onset=1,
         detector="nonfinite",
         within=5,
-        clean=TASK,
-        broken=replace(
-            FP8, recipe="delayed", during=partial(patch, "lightning_fp8.numerics.quantize._saturate", unsaturated)
-        ),
-        # The clamp alone leaves one seed of three outside, +0.043: in the warm-up scales of earlier steps cut too much.
-        # The margin alone leaves the alarm on, and another seed outside, +0.063.
-        cured=replace(FP8, recipe=Recipe(scaling="delayed", margin=1)),
-        cure="clamp before the cast, margin=1",
+        clean=STEADY,
+        broken=replace(FOLLOWED, during=partial(patch, "lightning_fp8.numerics.quantize._saturate", unsaturated)),
+        cured=FOLLOWED,
+        cure="clamp before the cast",
     ),
     Fault(
         name="gate and up projection aligned",
