@@ -156,25 +156,23 @@ class Stuck(Callback):
 # warning, and smoothing, which takes half of an outlier's octaves, may leave one of it, and never more.
 SEVERE = tuple(alarm for alarm in DEFAULT_ALARMS if alarm.action == "fallback")
 
-TASK = Setup(skips, steps=150, lr=1e-2)
+# Long and slow enough that runs of a seed differ by .3 % at most: at 1e-2 over 150 steps FP8 alone is off by 2 %, one
+# way or the other, and delayed scales, which tensors outgrow in the warm-up, by 6 %.
+TASK = Setup(skips, steps=300, lr=3e-3)
 FP8 = replace(TASK, recipe="tensorwise")
-LATE = replace(TASK, lr=1e-4)  # as late in a schedule, where updates are small
+LATE = replace(TASK, steps=150, lr=1e-4)  # as late in a schedule, where updates are small
 IN_BF16 = replace(LATE, recipe="tensorwise", weights="bf16", sample_every=10)
-RARE = replace(TASK, source=rare_words, lr=3e-3)
+RARE = replace(TASK, steps=150, source=rare_words)
 RARE_FP8 = replace(RARE, recipe="tensorwise")
-# Wider decoders differ by 5 % from seed to seed at this rate, with QK-norm too. Of three schedules tried with the cure
-# a cosine over 150 steps left one seed outside its margin, and the other two were inside: the break is sure, the cure
-# is shown only just.
+# Wider decoders differ by 5 % from seed to seed at this rate, with QK-norm too, and so do these without a cosine to 0.
 NARROW = replace(SMALL, hidden_size=32, intermediate_size=64)
 # At this rate gains of the norms grow for as long as it lasts, and with them logits: with QK-norm to 37 ... 111 in 150
 # steps, where a warning at 100 is right; without it they pass 1,000 within 35 and go on to 50,000 and more.
 ONE_HOT = Alarm("logit_max", 1e3, ("attention",))
-HIGH = replace(TASK, source=copies, config=NARROW, lr=0.3, end=1.0, guard=(("alarms", (ONE_HOT,)),))
-# At the other rate tensors outgrow delayed scales in the warm-up, and these cost 1 to 6 %, clamp or not.
-STEADY = replace(TASK, lr=3e-3)
-FOLLOWED = replace(STEADY, recipe="delayed")
+HIGH = replace(TASK, source=copies, config=NARROW, lr=0.3, guard=(("alarms", (ONE_HOT,)),))
+FOLLOWED = replace(FP8, recipe="delayed")
 SPIKED = replace(FP8, faults=(partial(Poison, 70),))
-BOTH = replace(TASK, source=last_two)
+BOTH = replace(TASK, source=last_two, steps=150, lr=1e-2)
 BENT = replace(BOTH, recipe="tensorwise", faults=(partial(Aligned, 50, 300.0),), guard=(("alarms", SEVERE),))
 
 
@@ -219,7 +217,7 @@ FAULTS = (
         onset=1,
         detector="nonfinite",
         within=5,
-        clean=STEADY,
+        clean=TASK,
         broken=replace(FOLLOWED, during=partial(patch, "lightning_fp8.numerics.quantize._saturate", unsaturated)),
         cured=FOLLOWED,
         cure="clamp before the cast",
