@@ -58,7 +58,7 @@ fuzz: $(VENV)/.installed-test
 	mkdir -p fuzz
 	cd fuzz && PYTHONPATH=.. ../$(BIN)/python ../tests/hostile/fuzz.py . ../tests/hostile/seeds -max_total_time=300
 
-# The README's table of faults, from what the tests count; about seven minutes.
+# The README's table of faults, from what the tests count; a quarter of an hour.
 reliability: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python tests/hostile/reliability.py
 

@@ -230,7 +230,8 @@ class _ThreeGemms(torch.autograd.Function):
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """That of torch.autocast where `x` lies; None where it is off, or unknown as on the meta device."""
     device = x.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # Not asked by `is_autocast_available`, which torch 2.11 cannot trace.
+    on = device != "meta" and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if on else None
 
 
