@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton has no wheels for this platform")
 
-from test_compiled import ALLOWANCE, assembly, recording
+from test_compiled import ALLOWANCE, ada_and_blackwell, assembly, recording
 
 from lightning_fp8.kernels.adamw import Group, Matrix
 from lightning_fp8.kernels.triton import launch_adamw
@@ -20,7 +20,7 @@ ELEMENTS = TILE // 128  # a thread's
 # take 132 * 16 * 1.755e9: 7.9 of a parameter. The same way 132 * 128 * 1.755e9 are 63 instructions of any kind, a fifth
 # of what there is (both ways of dividing counted): the step is bound by arithmetic.
 SPECIAL = 7.9
-# Triton 3.6 looks the points of the lattice up once more, with two fused operations each, rather than keep them.
+# Triton before 3.9 looks the points of the lattice up once more, with two fused operations each, rather than keep them.
 AGAIN = ALLOWANCE - 1
 INSTRUCTIONS = 320 + 40 * AGAIN
 
@@ -91,10 +91,7 @@ def test_one_on_hopper(tmp_path):
     check(torch.bfloat16, 1, 90, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "capability",
-    [pytest.param(89, marks=pytest.mark.skipif(ALLOWANCE > 1, reason="Triton 3.6 converts in software there")), 100],
-)
+@ada_and_blackwell
 def test_ada_and_blackwell(capability, tmp_path):
     check(torch.bfloat16, 300, capability, tmp_path)
 

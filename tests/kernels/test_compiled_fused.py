@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton has no wheels for this platform")
 
-from test_compiled import ALLOWANCE, assembly, check_offsets, elements, recording
+from test_compiled import ALLOWANCE, ada_and_blackwell, assembly, check_offsets, elements, recording
 
 from lightning_fp8.kernels.outputs import WHOLE, allocate
 from lightning_fp8.kernels.triton import norm, tensor, tiles
@@ -77,12 +77,6 @@ def check(case, capability, folder):
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_hopper(case, tmp_path):
     check(case, 90, tmp_path)
-
-
-ada_and_blackwell = pytest.mark.parametrize(
-    "capability",
-    [pytest.param(89, marks=pytest.mark.skipif(ALLOWANCE > 1, reason="Triton 3.6 converts in software there")), 100],
-)
 
 
 @pytest.mark.parametrize("case", ["swiglu, remembered", "norm, remembered"])

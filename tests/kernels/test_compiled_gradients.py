@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton has no wheels for this platform")
 
-from test_compiled import ALLOWANCE, assembly, recording
+from test_compiled import ALLOWANCE, assembly, in_software, recording
 
 from lightning_fp8.kernels.triton import launch_gradients
 from lightning_fp8.kernels.triton.gradients import TILE
@@ -66,7 +66,7 @@ def test_blackwell(name, tmp_path):
     check(name, E4M3, 100, tmp_path)
 
 
-@pytest.mark.skipif(ALLOWANCE > 1, reason="Triton 3.6 converts in software there")
+@in_software
 @pytest.mark.parametrize("name", ["decode", "accumulate"])  # casts: `hardware.compiles_gradient_casts`
 def test_ada(name, tmp_path):
     check(name, E4M3, 89, tmp_path)
