@@ -145,7 +145,7 @@ def test_c4_a_jump_saturates_delayed_scales_for_one_step(seed: int) -> None:
 def test_c5_an_aligned_neuron_is_seen_and_smoothed(seed: int) -> None:
     """It flushes 30 % of the down projection's input and more; the alarm says what to do, and that helps."""
     bent = Setup(
-        skips, 80, 1e-2, recipe="tensorwise", optimizer=moments, sample_every=2, faults=(partial(Aligned, 60, 60.0),)
+        skips, 80, 1e-2, recipe="tensorwise", optimizer=moments, sample_every=2, faults=(partial(Aligned, 60, 120.0),)
     )
     found, smoothed = run(bent, seed), run(replace(bent, config=replace(bent.config, smooth_swiglu=True)), seed)
     before, after = (figures(one, "underflow", "input", "down_proj") for one in (found, smoothed))
