@@ -1,7 +1,8 @@
 """Kernels, each with the results of a reference in plain torch operations.
 
-Those in Triton run where their tensors are on a CUDA device that they can be compiled for; the step of `FP8AdamW` in
-C++ (`adamw.py`) on CPUs with a compiler. Everywhere else the references run.
+Those in Triton run where their tensors are on a CUDA device that they can be compiled for; those in C++, the step of
+`FP8AdamW` (`adamw.py`) and the codes of an emulated GEMM (`codes.py`), on CPUs with a compiler. Everywhere else the
+references run.
 """
 
 from lightning_fp8.kernels.cast import Cast, cast

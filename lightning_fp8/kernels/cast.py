@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from lightning_fp8 import hardware
+from lightning_fp8.kernels.codes import encode
 from lightning_fp8.kernels.outputs import WHOLE, Outputs, allocate
 from lightning_fp8.numerics import FORMATS, Format, Quantized, quantize
-from lightning_fp8.numerics.quantize import Tile, amax, quantize_to, scale_of
+from lightning_fp8.numerics.quantize import Tile, amax, scale_of
 
 
 class Cast(NamedTuple):
@@ -105,7 +106,7 @@ def reference(
             scale = torch.where(remembered > 0, remembered, scale)
             # amax * 0 is 0, or NaN if it is not finite: then so is all that a GEMM makes of it, and nothing is hidden.
             decode_scale = scale + largest * 0
-        one = Quantized(quantize_to(x, fmt, scale), decode_scale)
+        one = Quantized(encode(x, fmt, scale), decode_scale)
         return Cast(one, one, largest)
     if tile[0] == tile[1]:
         one = quantize(x, fmt, tile=tile, power_of_two=power_of_two)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from lightning_fp8 import hardware
+from lightning_fp8.kernels.codes import decode
 from lightning_fp8.numerics import Quantized
-from lightning_fp8.numerics.quantize import decode, dequantize
+from lightning_fp8.numerics.quantize import dequantize
 
 _BLOCK = 128
 

@@ -247,7 +247,7 @@ void encode_m(const Task& t, Tile& tile, int64_t i, Count n) {
     for (int32_t j = 0; j < n; ++j) {
         const int32_t encoding = as_int(m[j]);
         const float x = least_positive(as_float(encoding & 0x7FFFFFFF) * per_unit, 1.0f);
-        m[j] = as_float(e4m3(((std::sqrt(x) * x) * x) * 448.0f) | ((encoding >> 24) & 0x80));
+        m[j] = as_float(E4M3::nearest(((std::sqrt(x) * x) * x) * 448.0f) | ((encoding >> 24) & 0x80));
     }
     for (int32_t j = 0; j < n; ++j) codes[j] = uint8_t(as_int(m[j]));
 }

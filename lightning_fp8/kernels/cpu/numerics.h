@@ -162,10 +162,24 @@ inline int32_t density_of(float hi, float lo, float gap) {
     return (as_int(densest) >> kDensityBits) - kDensityBias;
 }
 
-// The code of E4M3 nearest to `x` in [0, 448], ties to even: the addition rounds to multiples of the spacing there.
-inline int32_t e4m3(float x) {
-    const int32_t binade = std::max(as_int(x) & (255 << 23), 121 << 23), magic = binade + (20 << 23);
-    return (as_int(x + as_float(magic)) - magic) + ((binade >> 20) - (121 << 3));
-}
+// formats.py
+
+// An 8-bit format: of its codes' mantissas the width, of its normal values the smallest's exponent field in fp32.
+template <int32_t kMantissa, int32_t kMinExponent>
+struct Format {
+    // The code nearest to `x`, not negative and no more than the format holds, ties to even: the addition rounds to
+    // multiples of the spacing there.
+    static int32_t nearest(float x) {
+        const int32_t binade = std::max(as_int(x) & (255 << 23), kMinExponent << 23);
+        const int32_t magic = binade + ((23 - kMantissa) << 23);
+        return (as_int(x + as_float(magic)) - magic) + ((binade >> (23 - kMantissa)) - (kMinExponent << kMantissa));
+    }
+};
+struct E4M3 : Format<3, 121> {
+    static constexpr float kMax = 448.0f;
+};
+struct E5M2 : Format<2, 113> {
+    static constexpr float kMax = 57344.0f;
+};
 
 }  // namespace
