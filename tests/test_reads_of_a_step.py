@@ -17,7 +17,7 @@ from lightning_fp8.compute import PRESETS, FP8Linear, end_step, fuse_casts
 from lightning_fp8.models import Decoder, DecoderConfig
 from lightning_fp8.optim import FP8AdamW, decay_groups, finite
 
-CONFIG = DecoderConfig(vocab_size=64, hidden_size=128, intermediate_size=256, num_layers=2, num_heads=4, num_kv_heads=2)
+CONFIG = DecoderConfig(vocab_size=64, hidden_size=128, intermediate_size=256, num_layers=2, num_heads=4, num_kv_heads=4)
 WITH_FUSED_KERNELS = ("tensorwise", "delayed", "blockwise", "mxfp8")
 READS = {"aten._local_scalar_dense", "aten.item", "aten.nonzero", "aten.equal", "aten.is_nonzero", "aten.masked_select"}
 

@@ -7,7 +7,16 @@ import torch
 
 pytest.importorskip("triton", reason="Triton has no wheels for this platform")
 
-from test_compiled import ALLOWANCE, ada_and_blackwell, assembly, check_offsets, elements, recording
+from test_compiled import (
+    ALLOWANCE,
+    SPILLS,
+    ada_and_blackwell,
+    assembly,
+    check_offsets,
+    elements,
+    recording,
+    weaker_before_3_8,
+)
 
 from lightning_fp8.kernels.outputs import WHOLE, allocate
 from lightning_fp8.kernels.triton import norm, tensor, tiles
@@ -74,19 +83,27 @@ def check(case, capability, folder):
         assert each <= case.budget * ALLOWANCE
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+LONGER = "Triton 3.6 takes 64 to 67 instructions an element there"
+WEAKER = {"swiglu, 1x128": SPILLS, "norm, 1x128": SPILLS, "norm, remembered": LONGER}
+every_case = pytest.mark.parametrize("case", weaker_before_3_8(CASES, **WEAKER))
+
+
+@every_case
 def test_hopper(case, tmp_path):
     check(case, 90, tmp_path)
 
 
-@pytest.mark.parametrize("case", ["swiglu, remembered", "norm, remembered"])
+REMEMBERED = {name: case for name, case in CASES.items() if case.remembered}
+
+
+@pytest.mark.parametrize("case", weaker_before_3_8(REMEMBERED, **{"norm, remembered": LONGER}))
 @ada_and_blackwell
 def test_ada_and_blackwell(case, capability, tmp_path):
-    check(CASES[case], capability, tmp_path)
+    check(case, capability, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@every_case
 @ada_and_blackwell
 def test_ada_and_blackwell_all(case, capability, tmp_path):
     check(case, capability, tmp_path)
