@@ -46,8 +46,6 @@ inline RowKey row_key(const Task& t, uint32_t step, uint32_t row) {
     return {first, mix(first ^ uint32_t(t.key1), row)};
 }
 
-inline float load(const uint16_t* p, int64_t i) { return as_float(int32_t(uint32_t(p[i]) << 16)); }
-inline float load(const float* p, int64_t i) { return p[i]; }
 inline void store(uint16_t* p, int64_t i, float exact, uint32_t random) { p[i] = stochastic_bf16(exact, random); }
 inline void store(float* p, int64_t i, float exact, uint32_t) { p[i] = exact; }
 

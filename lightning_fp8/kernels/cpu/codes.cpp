@@ -12,13 +12,10 @@ namespace {
 
 constexpr int64_t kChunk = 1 << 14;  // elements that a thread takes at a time
 
-inline float widened(const uint16_t* x, int64_t i) { return as_float(int32_t(uint32_t(x[i]) << 16)); }
-inline float widened(const float* x, int64_t i) { return x[i]; }
-
 template <class Format, class X>
 void encode(const X* __restrict x, float scale, uint8_t* __restrict codes, int64_t n) {
     for (int64_t i = 0; i < n; ++i) {
-        const int32_t encoding = as_int(widened(x, i) / scale), magnitude = encoding & 0x7FFFFFFF;
+        const int32_t encoding = as_int(load(x, i) / scale), magnitude = encoding & 0x7FFFFFFF;
         const int32_t code = Format::nearest(as_float(std::min(magnitude, as_int(Format::kMax))));
         codes[i] = uint8_t((magnitude > 0x7F800000 ? 0x7F : code) | ((encoding >> 24) & 0x80));
     }

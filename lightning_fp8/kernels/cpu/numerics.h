@@ -1,4 +1,4 @@
-// The arithmetic of the step of FP8AdamW on a CPU: random bits, logarithms, and the codes of moments in FP8.
+// The arithmetic of the kernels for CPUs: random bits, logarithms, FP8 codes, and the codes of moments.
 //
 // These are the torch operations of `numerics/rounding.py`, `numerics/elementary.py` and `numerics/moments.py`, in
 // their order, so that all results are the same to the last bit; what the formulas mean is said there. What is computed
@@ -23,6 +23,10 @@ inline To bits(From from) {
 
 inline int32_t as_int(float x) { return bits<int32_t>(x); }
 inline float as_float(int32_t x) { return bits<float>(x); }
+
+// An element of a tensor in bf16 or fp32.
+inline float load(const uint16_t* p, int64_t i) { return as_float(int32_t(uint32_t(p[i]) << 16)); }
+inline float load(const float* p, int64_t i) { return p[i]; }
 
 // rounding.py
 
