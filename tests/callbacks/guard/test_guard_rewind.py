@@ -99,6 +99,16 @@ def test_a_spike_that_comes_again_is_cut_wider_and_then_given_up(prepared, tmp_p
     assert events(tmp_path / "b")[-1]["action"] == "give up"
 
 
+def test_what_waits_before_a_gap_in_the_data_keeps_its_place(prepared, tmp_path):
+    batches = batches_of(prepared, 20)
+    guarded = guard(check_every=3)
+    run(tmp_path, prepared, guarded, bad=[batches[i] for i in (13, 14, 16, 17)])
+    # [13, 15) is left out after step 13, whose loss nobody has looked at then. The next spike is of 16, not of 17.
+    first, second = (event.message for event in guarded.events)
+    assert "back to step 6 and leaves out steps 13 to 14 of" in first
+    assert "leaves out steps 16 to 23 of" in second
+
+
 @pytest.mark.parametrize("stop", [15, 20], ids=["between onset and decision", "after the rewind"])
 def test_a_run_killed_around_a_rewind_ends_as_one_that_was_not(prepared, tmp_path, stop):
     batches = batches_of(prepared, 20)
