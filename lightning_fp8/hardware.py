@@ -23,7 +23,7 @@ def emulation_dtype(device_type: str) -> torch.dtype:
 
     FP8 values are exact in bf16 and in fp32, and both accumulate in fp32, so the choice costs speed alone, not
     correctness: bf16 rounds the result once more before it is scaled. GPUs, and CPUs with matrix units for bf16
-    (AMX), run bf16; a CPU without them runs fp32, which is about twice as fast there as bf16.
+    (AMX), run bf16; a CPU without them runs fp32: GEMMs, or where it can the kernel of `kernels/gemm.py`.
 
     Args:
         device_type: As in `torch.device.type`.
@@ -159,7 +159,7 @@ def describe_fp8() -> str:
     problem = why_not_native(("tensor",))
     if problem is None:
         return "native"
-    return f"emulated, in {str(emulation_dtype(device_type())).removeprefix('torch.')} GEMMs: {problem}"
+    return f"emulated: {problem}"
 
 
 @dataclass(frozen=True)

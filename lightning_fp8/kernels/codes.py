@@ -81,7 +81,7 @@ def _decode(codes: Tensor, dtype: torch.dtype) -> Tensor:
     _library().fp8_decode(
         codes.data_ptr(),
         dtype is torch.bfloat16,
-        _levels(codes.dtype, dtype).data_ptr(),
+        levels(codes.dtype, dtype).data_ptr(),
         values.data_ptr(),
         codes.numel(),
         torch.get_num_threads(),
@@ -90,8 +90,8 @@ def _decode(codes: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @functools.cache
-def _levels(fmt: torch.dtype, dtype: torch.dtype) -> Tensor:
-    """What the 256 codes stand for."""
+def levels(fmt: torch.dtype, dtype: torch.dtype) -> Tensor:
+    """What the 256 codes stand for: fp8 -> [256] of `dtype`."""
     return torch.arange(256, dtype=torch.uint8).view(fmt).to(dtype)
 
 

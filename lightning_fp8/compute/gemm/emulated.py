@@ -4,6 +4,8 @@ Every FP8 value, hence every operand, is exact in bf16; products are exact in th
 differs from a hardware FP8 GEMM only in the order of the sum and, where a bf16 GEMM rounds its output before the
 scale is applied, by half a bf16 ulp: |error| <= 2^-8 |y| + the accumulation's own, on top of the cast's.
 
+CPUs with AVX512-BF16 have a kernel for one scale a tensor or a line (`kernels/gemm.py`). It sums in fp32, too.
+
 Scales that vary within a sum cannot be taken out of it. Powers of two (MX) are multiplied in first, exactly. Others
 are too, where the GEMM is fp32; where it is bf16, there is one GEMM for each 128 terms of the sum, added up in fp32.
 """
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_fp8 import hardware
+from lightning_fp8.kernels import gemm
 from lightning_fp8.kernels.codes import decode
 from lightning_fp8.numerics import Quantized
 from lightning_fp8.numerics.quantize import dequantize
@@ -25,6 +28,8 @@ def emulated_gemm(
     """The product of a [M, K] and b [K, N], plus bias [N], as `out_dtype` [M, N]; always accumulates in fp32."""
     device = a.codes.device.type
     dtype = hardware.emulation_dtype(device)
+    if a.tile is None and dtype is torch.float32 and gemm.has_kernel(a.codes):
+        return gemm.multiply(a.codes, b.codes, a.scale, b.scale, bias, out_dtype)
     with torch.autocast(device, enabled=False):
         if a.tile is None:
             # Not in place: selective activation checkpointing keeps what GEMMs return.
