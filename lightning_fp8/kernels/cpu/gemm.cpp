@@ -2,9 +2,9 @@
 //
 // y[i][j] = (sum over k of a[i][k] b[k][j]) * (scale_a[i] * scale_b[j]) + bias[j], summed in fp32 and rounded once.
 //
-// FP8 values and their products are exact in bf16 and fp32. Blocks of a and whole panels of b are decoded into bf16 on
-// their way into the cache, so that neither a decoded matrix nor an unscaled product goes through memory. Between
-// blocks of kDepth terms sums begin anew, and are then added: a long sum (a weight's gradient) rounds less.
+// FP8 values and their products are exact in bf16 and fp32. b is decoded once, into bf16 panels as wide as a tile; a, in
+// blocks that stay in the cache; no unscaled product goes through memory. After kDepth terms a sum begins anew, and the
+// parts are added: a long sum (a weight's gradient) rounds less.
 
 #include <algorithm>
 #include <cstdint>
