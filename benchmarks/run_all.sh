@@ -29,6 +29,7 @@ if [ "$on_gpu" ]; then
     run memory memory
     run block block
     run optimizer optimizer
+    run step step
     run train-150m train --size 150m --compile
     run train-150m-eager train --size 150m
     run train-1b train --size 1b --compile --arms mixed bf16 tensorwise tensorwise+fused delayed delayed+fused rowwise torchao te
@@ -40,6 +41,7 @@ else
     run memory memory --hidden-size 64 --length 64
     run block block --repeats 3 --arms bf16 tensorwise tensorwise+fused blockwise torchao te # compiling takes its time
     run optimizer optimizer --elements 100000 --repeats 3
+    run step step --repeats 3
     run train-toy train --size toy --rounds 1
 fi
 for file in "$folder"/*.json; do

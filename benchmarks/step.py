@@ -1,62 +1,70 @@
 """What emulating FP8 costs on this device: the quickstart's training step in FP8 and in BF16.
 
-    python benchmarks/step.py
+    python benchmarks/step.py [--json results/step.json]
 
-Both arms have bf16 weights and the same optimizer; blocks of steps are interleaved, so that a machine whose speed
-drifts is fair to both, and medians are compared.
+Both arms have bf16 weights and the same optimizer.
 """
 
 import argparse
-import statistics
-import time
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from measuring import Timing, interleaved, print_table, write
 from torch.nn import functional as F
 
-from lightning_fp8 import convert_linears
+from lightning_fp8 import convert_linears, hardware
 from lightning_fp8.models import Decoder, DecoderConfig
 from lightning_fp8.optim import FP8AdamW, decay_groups
 
-BATCH, LENGTH = 16, 128
 
-
-def measure(blocks: int = 8, steps: int = 4, device: str = "cpu") -> dict[str, float]:
-    """Median seconds a step of each arm."""
-    tokens = torch.randint(0, DecoderConfig().vocab_size, (BATCH, LENGTH + 1), device=device)
-    arms = {name: _build(fp8=name == "fp8", device=device) for name in ("fp8", "bf16")}
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for block in range(blocks + 1):
-        for name, (decoder, optimizer) in arms.items():
-            for _ in range(steps):
-                started = time.perf_counter()
-                optimizer.zero_grad()
-                logits = decoder(tokens[:, :-1]).flatten(0, 1)
-                F.cross_entropy(logits.float(), tokens[:, 1:].flatten()).backward()
-                torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
-                optimizer.step()
-                if device != "cpu":
-                    torch.cuda.synchronize()
-                if block:  # the first block warms up
-                    seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def _build(*, fp8: bool, device: str) -> tuple[Decoder, FP8AdamW]:
+def step_of(fp8: bool, batch_size: int, length: int, device: torch.device) -> Callable[[], None]:
+    """A whole step: forward, backward, clipping, update."""
+    torch.manual_seed(0)
     decoder = Decoder(DecoderConfig()).to(device, torch.bfloat16)
     if fp8:
         convert_linears(decoder)
-    return decoder, FP8AdamW(decay_groups(decoder), lr=1e-3)
+    optimizer = FP8AdamW(decay_groups(decoder), lr=1e-3)
+    tokens = torch.randint(0, DecoderConfig().vocab_size, (batch_size, length + 1), device=device)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        logits = decoder(tokens[:, :-1]).flatten(0, 1)
+        F.cross_entropy(logits.float(), tokens[:, 1:].flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+
+def measure(batch_size: int, length: int, repeats: int, device: torch.device) -> dict[str, Timing]:
+    """Seconds a step of each arm."""
+    arms = {name: step_of(name == "fp8", batch_size, length, device) for name in ("bf16", "fp8")}
+    return interleaved(arms, device, repeats=repeats)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--blocks", type=int, default=8, help="interleaved blocks of 4 steps")
+    parser.add_argument("--device", default=hardware.device_type())
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
-    seconds = measure(args.blocks, device=args.device)
-    for name, value in seconds.items():
-        print(f"{name:5} {value * 1e3:8.1f} ms a step   {BATCH * LENGTH / value:8,.0f} tokens/s")
-    print(f"FP8 / BF16: {seconds['fp8'] / seconds['bf16']:.2f}")
+    timings = measure(args.batch_size, args.length, args.repeats, torch.device(args.device))
+    rows = {
+        name: {
+            "ms": 1e3 * timing.median,
+            "low": 1e3 * timing.low,
+            "high": 1e3 * timing.high,
+            "tokens/s": args.batch_size * args.length / timing.median,
+            "/ bf16": timing.median / timings["bf16"].median,
+        }
+        for name, timing in timings.items()
+    }
+    print(f"The quickstart's model, {args.batch_size} x {args.length} tokens, {hardware.describe_device()}")
+    print_table({name: {key: f"{value:.4g}" for key, value in row.items()} for name, row in rows.items()})
+    write(args.json, "step", vars(args), rows)
 
 
 if __name__ == "__main__":
