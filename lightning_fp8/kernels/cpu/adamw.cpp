@@ -199,7 +199,7 @@ void choose(Tile& tile) {
     for (int64_t i = 0; i < kTile; ++i) {
         const float k = tile.fresh.k[i], base = tile.fresh.base[i], gap = tile.fresh.gap[i];
         tile.stretch[i] = 1.0f / lattice_point(std::max(tile.hi_bits[i], kTinyBits), k, base);
-        tile.slack[i] = k * 0x1p-20f + 0x1p-16f;
+        tile.slack[i] = k * 0x1p-19f + 0x1p-16f;
         tile.spread[i] = (1.0f - 2.0f * tile.slack[i]) * 0x1p-16f;
         tile.low_base[i] = base - 2.0f * k * gap;
         const float over = std::floor(lattice_point(tile.over[i], k, base));

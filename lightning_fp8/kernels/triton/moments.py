@@ -61,7 +61,7 @@ def encode(m, v, uniform, roots_ptr):
     density = _density(positive, lo_bits, gap)
     lattice, root_hi, k, base = _lattice(hi, density)
     stretch = tl.math.div_rn(tl.full(hi.shape, 1.0, tl.float32), _point(positive, k, base))
-    slack = k * 2.0**-20 + 2.0**-16
+    slack = k * 2.0**-19 + 2.0**-16
     spread = 1.0 - 2.0 * slack
     split = (tl.minimum(tl.maximum(tl.floor(_point(over, k, base)), -252.0), 1.0) + 253.0) * tl.minimum(gap, 1.0)
     exact = _point(bits, k[:, None], tl.where(low, (base - 2.0 * k * gap)[:, None], base[:, None]))
