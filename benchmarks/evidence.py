@@ -120,7 +120,7 @@ SECTIONS = {
     ),
     "presets": Section(
         "parity",
-        {"short": Scale(150, 3), "full": Scale(500, 3)},
+        {"short": Scale(300, 6), "full": Scale(500, 8)},
         (SKIPS,),
         (*_PAIR, ARMS["fp8-lm"], ARMS["nanotron"]),
         options=("--model.config.num_layers=4",),  # of which nanotron keeps the first and the last in BF16
