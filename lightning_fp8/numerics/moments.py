@@ -43,7 +43,8 @@ m. Elements of a block below hi * 2^-42, and below what a gap adds to that, are 
 updates become smaller, never larger. Both moments must be finite. |m| / sqrt(v) beyond 2^126 counts as that.
 
 **The same codes on every path.** All is fp32 arithmetic whose every operation IEEE 754 determines (`elementary.py`), so
-codes depend neither on how a tensor was cut nor on whether they were computed by torch's operations or by a kernel.
+codes depend neither on how a tensor was cut nor on whether they were computed by torch's operations or by C++. The
+kernel for GPUs takes the hardware's approximations instead, within the slack below (`kernels/triton/moments.py`).
 fp32 limits the density to 1,024 codes an octave; more would buy nothing, 1/1,024 octaves being .03 % of sqrt(v), where
 m is right to some per cent. A decoded v that is encoded again may miss its lattice point by `_SLACK` and so many
 `_SLACK_OCTAVES`; thresholds keep that far from 0 and 1, so that what lies on the lattice stays there. In return a v

@@ -1,7 +1,7 @@
 """What an optimizer step does: FP8 state, stochastic rounding, gradient release, checkpoints, schedules."""
 
 from lightning_fp8.optim.adamw import FP8AdamW
-from lightning_fp8.optim.clipping import AdaGC, ZClip
+from lightning_fp8.optim.clipping import AdaGC, ZClip, clip_grad_norm
 from lightning_fp8.optim.configured import FP8OptimizerOf
 from lightning_fp8.optim.groups import decay_groups
 from lightning_fp8.optim.interchange import convert_state, export_fp32_state, import_adamw_state
@@ -19,6 +19,7 @@ __all__ = [
     "WarmupCosine",
     "WarmupStableDecay",
     "ZClip",
+    "clip_grad_norm",
     "convert_state",
     "decay_groups",
     "enable_gradient_release",

@@ -94,6 +94,9 @@ class FP8AdamW(Optimizer):
     """
 
     gradient_release: GradientRelease | None = None  # set by `enable_gradient_release`
+    grad_factor: Tensor | None = (
+        None  # what the next step multiplies gradients by, an fp32 scalar; see `clip_grad_norm`
+    )
 
     def __init__(
         self,
@@ -168,9 +171,14 @@ class FP8AdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        counted = self._step([(n, range(len(group["params"]))) for n, group in enumerate(self.param_groups)])
-        self._health = counted or self._health
+        everything = [(n, range(len(group["params"]))) for n, group in enumerate(self.param_groups)]
+        self._health, self.grad_factor = self._step(everything) or self._health, None
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Resets the gradients, and what the next step was to multiply them by."""
+        self.grad_factor = None
+        super().zero_grad(set_to_none)
 
     @torch.no_grad()
     def step_parameter(self, group: int, index: int) -> None:
@@ -204,8 +212,7 @@ class FP8AdamW(Optimizer):
 
     def _named_gradients(self, number: int, indices: Iterable[int]) -> Iterator[tuple[str, Tensor]]:
         """(name, parameter) of those parameters of a group that have a gradient."""
-        group = self.param_groups[number]
-        params = group["params"]
+        group, params = self.param_groups[number], self.param_groups[number]["params"]
         return ((parameter_name(group, number, i), params[i]) for i in indices if params[i].grad is not None)
 
     def _step_group(
@@ -229,9 +236,10 @@ class FP8AdamW(Optimizer):
         if steps:
             torch._foreach_add_(steps, 1 if finite is None else [finite.to(step.device).long() for step in steps])
         if group["clip_update_rms"] is not None:
-            members = with_clipped_rates(members, [p for _, p in named], group)
+            members = with_clipped_rates(members, [p for _, p in named], group, self.grad_factor)
         for batch in alike(members):
-            counts = step_batch(batch, group, None if finite is None else finite.to(batch[0].weight.device))
+            flag, factor = (None if x is None else x.to(batch[0].weight.device) for x in (finite, self.grad_factor))
+            counts = step_batch(batch, group, flag, factor)
             if counts is not None:
                 names, elements = zip(*((member.name, member.weight.numel()) for member in batch), strict=True)
                 last = self._health[names].counts if names in self._health else None
@@ -268,19 +276,13 @@ class FP8AdamW(Optimizer):
     def health(self) -> Health:
         """Figures of the last step that was taken, on the device, over the groups that have `track_health`.
 
-        They are of what this process holds. Under gradient release, of the last step of each parameter.
-
-        Raises:
-            ValueError: There was no such step.
+        They are of what this process holds. Under gradient release, of the last step of each parameter. A ValueError
+        says that there was no such step.
         """
         return health.of_all(self._counted())
 
     def health_by_parameter(self) -> dict[str, Health]:
-        """The figures of `health()` of each parameter, by its name, or by group and position where it has none.
-
-        Raises:
-            ValueError: There was no such step.
-        """
+        """The figures of `health()` of each parameter, by its name, or by group and position where it has none."""
         return health.of_each(self._counted())
 
     def _counted(self) -> dict[tuple[str, ...], Measured]:

@@ -23,6 +23,8 @@ nothing of the next. Both need all gradients at once: not with gradient release.
     fabric.save(path, {..., "clip": clip})                                                        # state_dict
 
 With the Trainer, `callbacks.AdaptiveClipping` does both.
+
+`clip_grad_norm` is the fixed limit without its pass over all gradients: the step of `FP8AdamW` multiplies them.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,7 +34,32 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lightning_fp8.optim.adamw import FP8AdamW
 from lightning_fp8.optim.shards import local_part
+
+
+@torch.no_grad()
+def clip_grad_norm(optimizer: FP8AdamW, max_norm: float) -> Tensor:
+    """Limits the norm of all gradients of `optimizer` in its next step, as torch's `clip_grad_norm_` would.
+
+    The gradients stay as they are, and are multiplied by min(1, max_norm / (norm + 1e-6)) where the step reads them, in
+    fp32. That saves 4 of 14 bytes a parameter that go through memory, and a rounding of bf16 gradients.
+
+    Args:
+        optimizer: Its step comes next; `optimizer.zero_grad()` withdraws the limit.
+        max_norm: The largest norm.
+
+    Returns:
+        The norm, an fp32 scalar on the device of the gradients.
+
+    Raises:
+        ValueError: There is no gradient, or `max_norm` is not above 0.
+    """
+    if not max_norm > 0:
+        raise ValueError(f"clip_grad_norm: max_norm {max_norm} must be above 0.")
+    norm = _norms(_gradients(p for group in optimizer.param_groups for p in group["params"])).square().sum().sqrt()
+    optimizer.grad_factor = (max_norm / (norm + 1e-6)).clamp_max(1.0)
+    return norm
 
 
 class Clipping(Protocol):

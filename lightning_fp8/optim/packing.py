@@ -81,13 +81,16 @@ def _kind(member: Member) -> tuple[Any, ...]:
     return member.weight.device, member.weight.dtype, member.grad.dtype, member.moments, member.weights
 
 
-def step_batch(members: list[Member], group: dict[str, Any], finite: Tensor | None = None) -> Counts | None:
+def step_batch(
+    members: list[Member], group: dict[str, Any], finite: Tensor | None = None, factor: Tensor | None = None
+) -> Counts | None:
     """Steps parameters of one kind, a bounded chunk of their rows at a time.
 
     Args:
         members: From `alike`, their steps counted.
         group: The options of their parameter group.
         finite: If given, a bool scalar: where it is false, nothing changes.
+        factor: If given, what gradients are multiplied by, an fp32 scalar.
 
     Returns:
         What was counted, if the group has its health tracked.
@@ -95,8 +98,7 @@ def step_batch(members: list[Member], group: dict[str, Any], finite: Tensor | No
     weights_kind, moments_kind, size = members[0].weights, members[0].moments, group["block_size"]
     batch, hyper, compute = _pack(members, group), Hyper.of(group), step_rows
     if _has_kernel(batch, members[0], group, finite):
-        _step_by_kernel(batch, members, group, finite)
-        return None
+        return _step_by_kernel(batch, members, group, finite, factor)
     if group["compile"]:
         hyper, compute = hyper.as_tensors(), _compiled_step(*_kind(members[0]), hyper.maximize, hyper.max_update)
     device = batch.keys.device
@@ -112,7 +114,7 @@ def step_batch(members: list[Member], group: dict[str, Any], finite: Tensor | No
         weights, moments = weights_kind(*old[:first]), moments_kind(*old[first:])
         result = compute(
             weights,
-            blocks.gather(batch.grads, rows, size),
+            _gradients(batch, rows, size, factor),
             moments,
             keys,
             steps,
@@ -132,12 +134,12 @@ def step_batch(members: list[Member], group: dict[str, Any], finite: Tensor | No
 def _has_kernel(batch: _Batch, kind: Member, group: dict[str, Any], finite: Tensor | None) -> bool:
     """Whether a kernel takes these steps, with the same results."""
     served = kind.moments is FP8Moments and kind.weights in (StochasticWeights, FP32Weights)
-    plain = not group["track_health"] and (finite is None or kind.weight.is_cuda)
+    known = finite is None or kind.weight.is_cuda  # else the host would wait for another device
     numbers = not any(isinstance(number, Tensor) for number in (*group["betas"], group["eps"]))
     tensors = (tensor for field in batch.stored.values() for tensor in field)
     return (
         served
-        and plain
+        and known
         and numbers
         and has_adamw(kind.weight, kind.grad, group["block_size"])
         and all(place.first_row is not None for place in batch.places)
@@ -145,12 +147,17 @@ def _has_kernel(batch: _Batch, kind: Member, group: dict[str, Any], finite: Tens
     )
 
 
-def _step_by_kernel(batch: _Batch, members: list[Member], group: dict[str, Any], finite: Tensor | None) -> None:
+def _step_by_kernel(
+    batch: _Batch, members: list[Member], group: dict[str, Any], finite: Tensor | None, factor: Tensor | None
+) -> Counts | None:
     """`step_rows` for all rows of each parameter."""
-    hyper = Hyper.of(group)
+    hyper, sign = Hyper.of(group), -1.0 if group["maximize"] else 1.0
     rates = [hyper.lr if member.rate is None else member.rate for member in members]
     factors = [1 - rate * hyper.weight_decay for rate in rates]
     columns = [_column(rates, batch.steps), _column(factors, batch.steps), *batch.corrections]
+    signs = _column([sign] * len(members), batch.steps)
+    columns.append(signs if factor is None else signs * factor)
+    counts = torch.zeros(len(members), len(Counts._fields), device=signs.device) if group["track_health"] else None
     keys = (_key(group["seed"], member.name) for member in members)
     each = zip(batch.places, batch.grads, zip(*batch.stored.values(), strict=True), keys, strict=True)
     adamw(
@@ -166,12 +173,13 @@ def _step_by_kernel(batch: _Batch, members: list[Member], group: dict[str, Any],
             float(hyper.beta2),
             float(1 - hyper.beta2),
             float(hyper.eps),
-            -1.0 if hyper.maximize else 1.0,
             hyper.max_update,
         ),
         group["block_size"],
         finite,
+        counts,
     )
+    return None if counts is None else Counts(*counts.unbind(1))
 
 
 def _column(values: list[Any], like: Tensor) -> Tensor:
@@ -254,12 +262,19 @@ def _gather(batch: _Batch, rows: tuple[blocks.Rows, ...]) -> list[Tensor]:
     return [blocks.gather(tensors, rows, width) for tensors, width in stored]
 
 
-def squared_updates(members: list[Member], group: dict[str, Any]) -> list[Tensor]:
+def _gradients(batch: _Batch, rows: tuple[blocks.Rows, ...], size: int, factor: Tensor | None) -> Tensor:
+    """Those of some rows, [n, size]."""
+    grads = blocks.gather(batch.grads, rows, size)
+    return grads if factor is None else grads.float() * factor
+
+
+def squared_updates(members: list[Member], group: dict[str, Any], factor: Tensor | None = None) -> list[Tensor]:
     """Of each parameter, what this process holds of the sum of g^2 / max(v, eps^2): fp64 scalars; see `step.py`.
 
     Args:
         members: From `alike`, their steps counted.
         group: The options of their parameter group.
+        factor: If given, what gradients are multiplied by, an fp32 scalar.
     """
     batch, kind, hyper = _pack(members, group), members[0].moments, Hyper.of(group)
     sums: list[list[Tensor]] = [[] for _ in members]
@@ -268,7 +283,7 @@ def squared_updates(members: list[Member], group: dict[str, Any]) -> list[Tensor
         owner = shards.positions(rows, batch.places, size, device)[0]
         corrections = Corrections(*(correction[owner] for correction in batch.corrections))
         stored = _gather(batch, rows)[-len(kind._fields) :]
-        grads = blocks.gather(batch.grads, rows, size)
+        grads = _gradients(batch, rows, size, factor)
         squares = squared_update_size(grads, kind(*stored), corrections, hyper).double()
         counts = [(stop - start) * blocks.blocks_per_row(batch.places[i].shape[1], size) for i, start, stop in rows]
         # Sums of slices, not an indexed addition, whose order differs from run to run on a GPU.

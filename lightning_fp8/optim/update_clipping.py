@@ -19,7 +19,9 @@ from lightning_fp8.optim.packing import Member, alike, squared_updates
 from lightning_fp8.optim.shards import sums_over_shards
 
 
-def with_clipped_rates(members: Sequence[Member], params: Sequence[Tensor], group: dict[str, Any]) -> list[Member]:
+def with_clipped_rates(
+    members: Sequence[Member], params: Sequence[Tensor], group: dict[str, Any], factor: Tensor | None = None
+) -> list[Member]:
     """The `members` with learning rates of their own, as `clip_update_rms` of their `group` asks.
 
     A pass over gradients and moments: the mean is needed before the first block is stepped.
@@ -28,11 +30,12 @@ def with_clipped_rates(members: Sequence[Member], params: Sequence[Tensor], grou
         members: Of one group, their steps counted.
         params: Of each, the whole parameter.
         group: Its options.
+        factor: If given, what gradients are multiplied by, an fp32 scalar.
     """
     found: dict[int, Tensor] = {}
     for batch in alike(members):
         found.update(
-            (id(member), squares) for member, squares in zip(batch, squared_updates(batch, group), strict=True)
+            (id(member), squares) for member, squares in zip(batch, squared_updates(batch, group, factor), strict=True)
         )
     # A process that holds nothing of a parameter takes part in its sum all the same.
     parts = [found.get(id(m), torch.zeros((), dtype=torch.float64, device=m.weight.device)) for m in members]

@@ -17,53 +17,39 @@ from lightning_fp8.numerics.moments import FP8Moments
 META = torch.device("meta")
 ELEMENTS = TILE // 128  # a thread's
 # At 10.2 bytes of a parameter an H200 reads and writes 4.8e12 / 10.2 of them a second, and its special-function units
-# take 132 * 16 * 1.755e9: 7.9 of a parameter. The same way 132 * 128 * 1.755e9 are 63 instructions of any kind, a fifth
-# of what there is (both ways of dividing counted): the step is bound by arithmetic.
-SPECIAL = 7.9
-# Triton before 3.9 looks the points of the lattice up once more, with two fused operations each, rather than keep them.
+# take 132 * 16 * 1.755e9: 7.9 of a parameter. The same way 132 * 128 * 1.755e9 are 63 instructions of any kind, less
+# than half of what there is: the step is bound by arithmetic.
+# Triton before 3.9 decodes twice rather than pass on what a weight becomes, and then spills four registers at worst.
 AGAIN = ALLOWANCE - 1
-INSTRUCTIONS = 320 + 40 * AGAIN
+SPECIAL = 7.9 + 1.4 * AGAIN
+INSTRUCTIONS = 152 + 52 * AGAIN
 
 
-def launched(dtype, count, columns=4096):
+def launched(dtype, count, columns=4096, counted=False):
     """What a step of `count` parameters launches."""
     moments = FP8Moments.zeros(1024, columns, 128, META)
     tensors = [torch.empty(1024, columns, dtype=dtype, device=META) for _ in range(2)]
     matrix = Matrix(*tensors, moments, 0, 0, (1, 2))
-    group = Group(0.9, 0.1, 0.999, 0.001, 1e-8, 1.0, None)
-    steps, numbers = torch.empty(count, dtype=torch.int32, device=META), torch.empty(count, 4, device=META)
+    group = Group(0.9, 0.1, 0.999, 0.001, 1e-8, None)
+    steps, numbers = torch.empty(count, dtype=torch.int32, device=META), torch.empty(count, 5, device=META)
+    finite, counts = torch.ones((), device=META).bool(), torch.empty(count, 6, device=META) if counted else None
     (found,) = recording(
         (launch_adamw,),
-        lambda: launch_adamw.launch([matrix] * count, steps, numbers, group, 128, torch.ones((), device=META).bool()),
+        lambda: launch_adamw.launch([matrix] * count, steps, numbers, group, 128, finite, counts),
     )
     return found
 
 
-def special_functions(ptx):
-    """Instructions of the special-function units that a thread runs.
-
-    The long way of dividing, which a tile of ordinary numbers does not take, has two quotients and a root of each
-    element. Conversions of 32-bit integers run elsewhere as I2FP, or are counted as I2F.
-    """
-    names = r"\b(?:rcp|rsqrt|sqrt|div|ex2|lg2|cvt)\.[\w.]+"
-    found = [
-        name
-        for name in re.findall(names, ptx)
-        if not re.match(r"cvt\.(\w?[su]\d+\.|rn\.satfinite|rn\.f32\.[su]32)|div\.[su]", name)
-    ]
-    return len(found) - 3 * ELEMENTS
-
-
 def check(dtype, count, capability, folder):
     made = assembly(launched(dtype, count), capability, folder)
-    assert (made.usage["STACK"], made.usage["LOCAL"]) == ("0", "0")
-    assert not made.count(r"(LDL|STL).*"), "registers spill"
+    assert (int(made.usage["STACK"]), int(made.usage["LOCAL"])) <= (16 * AGAIN, 0)
+    assert made.count(r"(LDL|STL).*") <= 8 * AGAIN, "registers spill"
     assert int(made.usage["REG"]) <= 170, "fewer than three programs, twelve warps, fit"
     assert made.shared <= 48 * 1024
     wide = re.findall(r"tt\.addptr .* : tensor<[\dx]+!tt\.ptr<\w+>>, tensor<[\dx]*(i\d+)>", made.ttir)
     assert wide.count("i64") == 4  # weights, gradients, codes; the numbers of blocks are below 2^31
     looked_up = re.findall(r"tt\.addptr .* : tensor<\d+x\d+x!tt\.ptr<f32>>, tensor<\d+x\d+xi32>", made.ttir)
-    assert len(looked_up) == 3  # levels of m, roots of v before and after
+    assert len(looked_up) == 1  # levels of m
     assert not re.search(r"tt\.addptr .* : tensor<\d+x\d+x!tt\.ptr<i\d+>>, tensor<\d+x\d+xi32>", made.ttir)
     vectors = 16 * made.threads  # bytes that one instruction of all threads moves
     held = TILE * dtype.itemsize / vectors
@@ -71,14 +57,13 @@ def check(dtype, count, capability, folder):
     assert made.count(r"STG\.E\.128.*") >= held + 2 * TILE / vectors
     assert made.ptx.count("cvt.rn.satfinite.e4m3x2.f32") == ELEMENTS / 2
     assert set(re.findall(r"[\w.]+\.ftz[\w.]*", made.ptx)) <= {
-        "rcp.approx.ftz.f32",
-        "rsqrt.approx.ftz.f32",
+        *("ex2.approx.ftz.f32", "lg2.approx.ftz.f32", "rcp.approx.ftz.f32", "sqrt.approx.ftz.f32"),
         "cvt.rmi.ftz.f32.f32",  # a floor, of what is never between -2^-126 and 0
     }
-    # Multiplications and additions are rounded one by one, but where a fused one is meant: whole numbers, remainders.
-    assert made.ptx.count("fma.rn.f32") <= (18 + 2 * AGAIN) * ELEMENTS
-    special = special_functions(made.ptx) + made.count(r"I2F(\..*)?")
-    assert 4 * ELEMENTS <= special <= SPECIAL * ELEMENTS
+    # Multiplications and additions are rounded one by one, but where a fused one is meant: logarithms of a lattice.
+    assert made.ptx.count("fma.rn.f32") <= (10.5 + 3.5 * AGAIN) * ELEMENTS
+    special = made.count(r"(MUFU|I2F|F2I|FRND|F2F)(\..*)?")
+    assert 6 * ELEMENTS <= special <= SPECIAL * ELEMENTS
     assert sum(made.counts.values()) <= INSTRUCTIONS * ELEMENTS
 
 
@@ -102,3 +87,9 @@ def test_rows_that_do_not_begin_on_16_bytes_are_stepped_all_the_same(tmp_path):
     made = assembly(found, 90, tmp_path)
     assert not made.count(r"(LDL|STL).*")
     assert not made.count(r"STG\.E\.128.*")
+
+
+def test_counting_spills_nothing(tmp_path):
+    made = assembly(launched(torch.bfloat16, 300, counted=True), 90, tmp_path)
+    assert not made.count(r"(LDL|STL).*")
+    assert made.count(r"(RED|ATOM|ATOMG)\..*") == 7  # six counts, a largest number of either sign by two

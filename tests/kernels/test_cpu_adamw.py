@@ -12,8 +12,8 @@ from lightning_fp8.optim import FP8AdamW, packing
 needs_compiler = pytest.mark.skipif(build.load("adamw") is None, reason="there is no C++ compiler")
 
 
-def trained(*, weights, grads, shape, steps=12, threads=1, lr=1e-2, **options):
-    """Trains two parameters on gradients of unequal columns, a third of them zero; returns all that is stored."""
+def stepped(*, weights, grads, shape, steps=12, threads=1, lr=1e-2, factor=None, **options):
+    """Trains two parameters on gradients of unequal columns, a third of them zero; returns the optimizer."""
     gen = torch.Generator().manual_seed(0)
     params = [torch.nn.Parameter((torch.randn(s, generator=gen) * 0.02).to(weights)) for s in (shape, (64, 320))]
     optimizer = FP8AdamW(zip("ab", params, strict=True), lr=lr, **options)
@@ -29,9 +29,17 @@ def trained(*, weights, grads, shape, steps=12, threads=1, lr=1e-2, **options):
                 grad[..., :2] *= step < 2  # two columns that die
                 grad[..., -20:] *= 1e-12
                 p.grad = grad.to(grads)
+            optimizer.grad_factor = factor
             optimizer.step()
     finally:
         torch.set_num_threads(before)
+    return optimizer
+
+
+def trained(**case):
+    """All that is stored after it."""
+    optimizer = stepped(**case)
+    params = optimizer.param_groups[0]["params"]
     return [tensor for p in params for tensor in (p.detach(), *optimizer.state[p].values())]
 
 
@@ -63,6 +71,8 @@ CASES = {
     "threads": {"shape": (64, 256), "threads": 3},
     "options": {"shape": (9, 300), "maximize": True, "max_update": 0.5, "clip_update_rms": 1.0, "weight_decay": 0.3},
     "tensor rate": {"shape": (9, 300), "lr": torch.tensor(0.02)},
+    "a factor of the gradients": {"shape": (9, 300), "factor": torch.tensor(0.3), "maximize": True},
+    "health": {"shape": (9, 300), "track_health": True},
     "slow averages": {"shape": (9, 300), "betas": (0.9, 0.95), "eps": 1e-12},
 }
 
@@ -82,12 +92,30 @@ def test_every_bit_is_that_of_the_operations(case, weights, grads, calls, monkey
 @needs_compiler
 @pytest.mark.parametrize(
     "options",
-    [{"moments": "coat"}, {"rounding": "nearest"}, {"rounding": "kahan"}, {"track_health": True}],
+    [{"moments": "coat"}, {"rounding": "nearest"}, {"rounding": "kahan"}],
     ids=lambda options: next(iter(options)),
 )
 def test_what_the_kernel_does_not_do_is_left_to_the_operations(options, calls):
     trained(weights=BF16, grads=BF16, shape=(9, 300), steps=1, **options)
     assert not calls
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("weights", "size"), [(BF16, {}), (FP32, {}), (BF16, {"max_update": 0.5, "block_size": 32})])
+def test_what_is_counted_is_what_the_operations_count(weights, size, threads, calls, monkeypatch):
+    case = {"weights": weights, "grads": BF16, "shape": (37, 200), "lr": 1e-5, "track_health": True, **size}
+    found = stepped(**case, threads=threads)._counted()
+    assert calls
+    monkeypatch.setattr(packing, "has_adamw", lambda *_: False)
+    expected = stepped(**case)._counted()
+    assert found.keys() == expected.keys()
+    for names, theirs in expected.items():
+        for name, value in theirs.counts._asdict().items():
+            ours = getattr(found[names].counts, name)
+            assert torch.allclose(ours, value, rtol=1e-5 * (name == "squared_updates"), atol=0), name
+            assert (value > 0).all() or (name == "stayed" and weights is FP32) or name == "at_floor"
+    assert (theirs.counts.at_floor > 0).any() or size  # small blocks reach far enough
 
 
 @needs_compiler

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_fp8.optim import AdaGC, ZClip
+from lightning_fp8.optim import AdaGC, FP8AdamW, ZClip, clip_grad_norm
 
 SHAPES = [(3, 4), (5,), (2, 2)]
 
@@ -165,3 +165,61 @@ def test_adagc_follows_parameters_that_have_no_gradient_at_times():
 def test_arguments_out_of_range_are_refused(make):
     with pytest.raises(ValueError, match="must be"):
         make()
+
+
+# The limit that the step of FP8AdamW applies itself.
+
+
+def stepped(limit, *, dtype=torch.float32, steps=3, **options):
+    """Weights after some steps with gradients that `limit(optimizer)` limits, and the norms that it returned."""
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in ((8, 200), (7,))]
+    optimizer, norms = FP8AdamW(params, **options), []
+    for step in range(steps):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator).to(dtype) * 10.0 ** (step - 2)
+        assert optimizer.grad_factor is None  # the last step's is forgotten
+        norms.append(limit(optimizer))
+        optimizer.step()
+    return params, norms
+
+
+@pytest.mark.parametrize("options", [{}, {"moments": "coat"}, {"clip_update_rms": 0.5}, {"track_health": True}])
+def test_a_limit_in_the_step_is_a_limit_before_it(options):
+    """In fp32, where nothing is rounded in between but for products of gradients and the factor."""
+
+    def before(optimizer):
+        return torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 2.0)
+
+    expected, norms = stepped(before, **options)
+    found, ours = stepped(lambda optimizer: clip_grad_norm(optimizer, 2.0), **options)
+    assert torch.allclose(torch.stack(ours), torch.stack(norms), rtol=1e-6)
+    assert ours[0] < 2 < ours[2]
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+    free, _ = stepped(lambda optimizer: torch.zeros(()), **options)
+    assert not torch.equal(found[0], free[0])
+
+
+def test_gradients_stay_as_they_are():
+    params, _ = stepped(lambda optimizer: clip_grad_norm(optimizer, 1e-3))
+    assert norm_of([p.grad for p in params]) > 10
+
+
+def test_a_limit_can_be_withdrawn():
+    def withdrawn(optimizer):
+        grads = [p.grad for p in optimizer.param_groups[0]["params"]]
+        clip_grad_norm(optimizer, 1e-3)
+        optimizer.zero_grad()
+        assert optimizer.grad_factor is None
+        for p, grad in zip(optimizer.param_groups[0]["params"], grads, strict=True):
+            p.grad = grad
+
+    free, _ = stepped(lambda optimizer: None)
+    assert all(torch.equal(a, b) for a, b in zip(stepped(withdrawn)[0], free, strict=True))
+
+
+@pytest.mark.parametrize("limit", [0.0, -1.0, math.nan])
+def test_a_limit_that_is_none_is_refused(limit):
+    with pytest.raises(ValueError, match=r"max_norm .* must be above 0"):
+        stepped(lambda optimizer: clip_grad_norm(optimizer, limit), steps=1)

@@ -32,8 +32,9 @@ struct Task {
     const float* m_levels;      // what the 256 codes of m stand for
     int64_t rows, columns, block_size;
     int32_t first_column, key0, key1, step;
-    float beta1, rest1, beta2, rest2, eps, shrink, lr, sign, max_update, m_correction, v_correction;
+    float beta1, rest1, beta2, rest2, eps, shrink, lr, grad_factor, max_update, m_correction, v_correction;
     int32_t bf16_weight, bf16_grad, threads;
+    float* counts;  // the fields of `optim.health.Counts`, to be added to, or null
 };
 
 namespace {
@@ -60,6 +61,28 @@ struct Scratch {
     float* at(int64_t i) { return lines.data()->numbers + i; }
 };
 
+// What `optim/health.py` counts, in its order.
+struct Counted {
+    int64_t positive = 0, at_floor = 0;
+    float max_update = 0;
+    double squared_updates = 0;
+    int64_t to_move = 0, stayed = 0;
+
+    void add(const Counted& other) {
+        positive += other.positive, at_floor += other.at_floor;
+        max_update = std::max(max_update, other.max_update);
+        squared_updates += other.squared_updates;
+        to_move += other.to_move, stayed += other.stayed;
+    }
+
+    void add_to(float* counts) const {
+        counts[0] += float(positive), counts[1] += float(at_floor);
+        counts[2] = std::max(counts[2], max_update);
+        counts[3] += float(squared_updates);
+        counts[4] += float(to_move), counts[5] += float(stayed);
+    }
+};
+
 // The state of a step between its stages, each of which goes through all blocks of the tile; what belongs to a block is
 // computed between them for all blocks at once.
 struct Tile {
@@ -72,6 +95,7 @@ struct Tile {
     float unit[kTile], stretch[kTile], slack[kTile], spread[kTile], low_base[kTile];
     RowKey weight_key[kTile], dither_key[kTile];
     Lattices old, fresh;
+    Counted counted;
 
     explicit Tile(int64_t block_size)
         : stride((block_size + 15) / 16 * 16), m(kTile * stride), v(kTile * stride), a(stride), b(stride) {}
@@ -119,7 +143,7 @@ void expand(const Task& t, Tile& tile, int64_t i, Count n) {
     const float* __restrict levels = t.m_levels;
     const Weight* weight = static_cast<const Weight*>(t.weight) + tile.start[i];
     float *__restrict m = tile.m.at(i * tile.stride), *__restrict point = tile.a.at(0), *__restrict g = tile.b.at(0);
-    const float sign = t.sign;
+    const float factor = t.grad_factor;
     const int64_t ahead = kTile * t.block_size;  // where the next tile has its block, unless rows end in between
     prefetch(m_codes, ahead, n);
     prefetch(v_codes, ahead, n);
@@ -133,7 +157,7 @@ void expand(const Task& t, Tile& tile, int64_t i, Count n) {
     }
     for (; found < n; ++found) m[found] = levels[m_codes[found]];
     for (int32_t j = 0; j < n; ++j) point[j] = float(int32_t(uint8_t(v_codes[j] + (v_codes[j] > 253))) - 253);
-    for (int32_t j = 0; j < n; ++j) g[j] = load(grad, j) * sign;
+    for (int32_t j = 0; j < n; ++j) g[j] = load(grad, j) * factor;
 }
 
 // The new moments of block `i`, and their range.
@@ -161,7 +185,7 @@ void decode(const Task& t, Tile& tile, int64_t i, Count n) {
 }
 
 // The weights of block `i`, and its second moments on either side of the middle.
-template <class Weight, class Count>
+template <class Weight, bool kCounts, class Count>
 void update(const Task& t, Tile& tile, int64_t i, Count n) {
     Weight* __restrict weight = static_cast<Weight*>(t.weight) + tile.start[i];
     const float *__restrict m = tile.m.at(i * tile.stride), *__restrict v = tile.v.at(i * tile.stride);
@@ -173,14 +197,35 @@ void update(const Task& t, Tile& tile, int64_t i, Count n) {
     uint32_t over = uint32_t(kHugeBits) - middle, under = middle - 1;  // how far from the middle
     for (int32_t j = 0; j < n; ++j) {
         const float u = (m[j] * m_correction) / (std::sqrt(v[j] * v_correction) + eps);
-        update[j] = std::min(std::max(u, -limit), limit) * lr;
+        update[j] = std::min(std::max(u, -limit), limit);
         random[j] = as_float(int32_t(key.bits(column + uint32_t(j))));
         const uint32_t above = bits<uint32_t>(v[j]) - middle;
         over = std::min(over, above);
         under = std::min(under, ~above);
     }
-    for (int32_t j = 0; j < n; ++j)
-        store(weight, j, load(weight, j) * shrink - update[j], bits<uint32_t>(random[j]));
+    int32_t to_move = 0, moved = 0, largest = 0;
+    float squares = 0;
+    if (kCounts) {
+#pragma omp simd reduction(+ : squares) reduction(max : largest)
+        for (int32_t j = 0; j < n; ++j) {
+            squares += update[j] * update[j];
+            largest = std::max(largest, as_int(update[j]) & 0x7FFFFFFF);
+        }
+    }
+    for (int32_t j = 0; j < n; ++j) {
+        const float before = load(weight, j), exact = before * shrink - update[j] * lr;
+        store(weight, j, exact, bits<uint32_t>(random[j]));
+        if (kCounts) {
+            to_move += exact != before;
+            moved += exact != before && load(weight, j) != before;
+        }
+    }
+    if (kCounts) {
+        tile.counted.max_update = std::max(tile.counted.max_update, as_float(largest));
+        tile.counted.squared_updates += double(squares);
+        tile.counted.to_move += to_move;
+        tile.counted.stayed += to_move - moved;
+    }
     tile.over[i] = int32_t(middle + over);
     tile.under[i] = int32_t(middle - 1 - under);
 }
@@ -209,7 +254,7 @@ void choose(Tile& tile) {
 }
 
 // Encodes the second moments of block `i`, and leaves the first ones in units of the root of what is stored.
-template <class Count>
+template <bool kCounts, class Count>
 void encode_v(const Task& t, Tile& tile, int64_t i, Count n) {
     uint8_t* __restrict codes = t.v_codes + tile.start[i];
     const float* __restrict v = tile.v.at(i * tile.stride);
@@ -225,6 +270,17 @@ void encode_v(const Task& t, Tile& tile, int64_t i, Count n) {
         const float exact = lattice_point(encoding, lattice.k, encoding < middle ? low_base : lattice.base);
         const float rounded = std::floor(std::max(exact, exact * stretch) + (random * spread + slack));
         point[j] = clamp(rounded, -252.0f, 1.0f);
+    }
+    if (kCounts) {
+        int32_t positive = 0, at_floor = 0;
+        for (int32_t j = 0; j < n; ++j) {
+            const float root = lattice.root(positive_part(point[j]) + point[j]);
+            const float stored = least_positive(root * root, lattice.hi);
+            positive += v[j] >= kTiny;
+            at_floor += v[j] >= kTiny && (stored == 0.0f || stored > 2.0f * v[j]);
+        }
+        tile.counted.positive += positive;
+        tile.counted.at_floor += at_floor;
     }
     int32_t size_bits = 0;
     for (int32_t j = 0; j < n; ++j) {
@@ -272,9 +328,10 @@ inline void each(const Tile& tile, Stage stage) {
     }
 }
 
-template <class Weight, class Grad>
+template <class Weight, class Grad, bool kCounts>
 void step(const Task& t) {
     const int64_t blocks = t.rows * ((t.columns + t.block_size - 1) / t.block_size);
+    Counted counted;
 #pragma omp parallel num_threads(t.threads) if (t.threads > 1)
     {
         Tile tile(t.block_size);
@@ -285,13 +342,21 @@ void step(const Task& t) {
                 expand<Weight, Grad>(t, tile, i, n);
                 decode(t, tile, i, n);
             });
-            each(tile, [&](int64_t i, auto n) { update<Weight>(t, tile, i, n); });
+            each(tile, [&](int64_t i, auto n) { update<Weight, kCounts>(t, tile, i, n); });
             choose(tile);
-            each(tile, [&](int64_t i, auto n) { encode_v(t, tile, i, n); });
+            each(tile, [&](int64_t i, auto n) { encode_v<kCounts>(t, tile, i, n); });
             each(tile, [&](int64_t i, auto n) { encode_m(t, tile, i, n); });
             finish(t, tile, first);
         }
+#pragma omp critical
+        counted.add(tile.counted);
     }
+    if (kCounts) counted.add_to(t.counts);
+}
+
+template <class Weight, class Grad>
+void step(const Task& t) {
+    t.counts ? step<Weight, Grad, true>(t) : step<Weight, Grad, false>(t);
 }
 
 }  // namespace

@@ -13,11 +13,14 @@ Launched with `enable_fp_fusion=False`; see `elementary.py`. Offsets are 64 bits
 import triton
 import triton.language as tl
 
-from lightning_fp8.kernels.triton import ieee, moments
+from lightning_fp8.kernels.triton import moments, special
+from lightning_fp8.kernels.triton.elementary import as_float, as_int
 from lightning_fp8.kernels.triton.random import drawn, stochastic_bf16, widened
 from lightning_fp8.kernels.triton.table import owner_of, pointer
 
 TILE = 2048  # elements a program: 16 a thread, so that each loads and stores 16 bytes of codes
+NUMBERS = tl.constexpr(5)  # of a parameter: rate, decay, corrections of both moments, factor of the gradient
+COUNTS = tl.constexpr(6)  # of a parameter: the fields of `optim.health.Counts`
 # Columns of the table, int64: nine addresses and six numbers, in the order of `one_kernel`'s arguments, and the place
 # among the steps and numbers.
 COLUMNS = tl.constexpr(16)
@@ -30,14 +33,13 @@ def many_kernel(
     steps_ptr,
     numbers_ptr,
     levels_ptr,
-    roots_ptr,
     finite_ptr,
+    counts_ptr,
     beta1,
     rest1,
     beta2,
     rest2,
     eps,
-    sign,
     max_update,
     PARAMETERS,
     WEIGHT: tl.constexpr,
@@ -73,15 +75,14 @@ def many_kernel(
         tl.load(at + 13),
         tl.load(at + 14),
         tl.load(steps_ptr + place),
-        numbers_ptr + place * 4,
+        numbers_ptr + place * NUMBERS,
         levels_ptr,
-        roots_ptr,
+        None if counts_ptr is None else counts_ptr + place * COUNTS,
         beta1,
         rest1,
         beta2,
         rest2,
         eps,
-        sign,
         max_update,
         BLOCK,
         TILE,
@@ -108,14 +109,13 @@ def one_kernel(
     steps_ptr,
     numbers_ptr,
     levels_ptr,
-    roots_ptr,
     finite_ptr,
+    counts_ptr,
     beta1,
     rest1,
     beta2,
     rest2,
     eps,
-    sign,
     max_update,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
@@ -144,13 +144,12 @@ def one_kernel(
         tl.load(steps_ptr),
         numbers_ptr,
         levels_ptr,
-        roots_ptr,
+        counts_ptr,
         beta1,
         rest1,
         beta2,
         rest2,
         eps,
-        sign,
         max_update,
         BLOCK,
         TILE,
@@ -178,13 +177,12 @@ def _step(
     step,
     numbers_ptr,
     levels_ptr,
-    roots_ptr,
+    counts_ptr,
     beta1,
     rest1,
     beta2,
     rest2,
     eps,
-    sign,
     max_update,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
@@ -199,7 +197,7 @@ def _step(
     offsets = (row.to(tl.int64) * columns + left)[:, None] + lane[None, :]
 
     w = widened(tl.load(weight_ptr + offsets, mask=inside, other=0))
-    g = widened(tl.load(grad_ptr + offsets, mask=inside, other=0)) * sign
+    g = widened(tl.load(grad_ptr + offsets, mask=inside, other=0)) * tl.load(numbers_ptr + 4)
     m, v = moments.decode(
         tl.load(m_codes_ptr + offsets, mask=inside, other=0),
         tl.load(m_scale_ptr + block, mask=exists, other=0),
@@ -209,17 +207,17 @@ def _step(
         tl.load(v_split_ptr + block, mask=exists, other=0),
         tl.load(v_gap_ptr + block, mask=exists, other=0),
         levels_ptr,
-        roots_ptr,
     )
-    m = m * beta1 + g * rest1
-    v = v * beta2 + g * g * rest2
+    m = tl.fma(g, rest1, m * beta1)
+    v = tl.fma(g * rest2, g, v * beta2)
+    hi = tl.max(v, axis=1)
 
     lr, shrink = tl.load(numbers_ptr), tl.load(numbers_ptr + 1)
     m_correction, v_correction = tl.load(numbers_ptr + 2), tl.load(numbers_ptr + 3)
-    update = _quotient(m * m_correction, v * v_correction, eps)
+    update = _update(m, v, hi, special.inverse(m_correction), special.root(v_correction), eps)
     if max_update is not None:
         update = tl.minimum(tl.maximum(update, -max_update), max_update)
-    exact = w * shrink - update * lr
+    exact = tl.fma(update, -lr, w * shrink)
     random, uniform = drawn(
         key0.to(tl.uint32),
         key1.to(tl.uint32),
@@ -227,12 +225,18 @@ def _step(
         (row + first_row).to(tl.uint32),
         (left[:, None] + lane[None, :] + first_column).to(tl.uint32),
     )
-    if weight_ptr.dtype.element_ty == tl.int16:
-        tl.store(weight_ptr + offsets, stochastic_bf16(exact, random), mask=inside)
+    if weight_ptr.dtype.element_ty == tl.int16:  # noqa: SIM108  known on compiling; the two have different types
+        stored = stochastic_bf16(exact, random)
     else:
-        tl.store(weight_ptr + offsets, exact, mask=inside)
+        stored = exact
+    tl.store(weight_ptr + offsets, stored, mask=inside)
+    if counts_ptr is not None:
+        _count_updates(counts_ptr, tl.where(inside, update, 0.0), inside & (exact != w), widened(stored) == w)
 
-    m_codes, m_scale, v_codes, v_max, v_density, v_split, v_gap = moments.encode(m, v, uniform, roots_ptr)
+    m_codes, m_scale, v_codes, v_max, v_density, v_split, v_gap, inverse, octave = moments.encode(m, v, hi, uniform)
+    if counts_ptr is not None:
+        unit = as_float((127 - octave) << 23)[:, None]
+        _count_floor(counts_ptr, inside & (v >= moments.TINY), (v * unit * inverse) * (inverse * unit))
     tl.store(m_codes_ptr + offsets, m_codes, mask=inside)
     tl.store(v_codes_ptr + offsets, v_codes, mask=inside)
     tl.store(m_scale_ptr + block, m_scale, mask=exists)
@@ -243,12 +247,33 @@ def _step(
 
 
 @triton.jit
-def _quotient(m, v, eps):
-    """M / (sqrt(v) + eps)."""
-    if (tl.max(tl.max(v, axis=1), axis=0) < 2.0**60) & (eps >= 2.0**-36):
-        # Below 2^-126 the root adds nothing to eps; quotients are far from the ends of the range where m is.
-        root = ieee.root(tl.maximum(v * 2.0**32, 2.0**-100)) * 2.0**-16
-        update = ieee.quotient(m * 2.0**60, root + eps) * 2.0**-60
-    else:
-        update = tl.math.div_rn(m, tl.sqrt_rn(v) + eps)
-    return update
+def _count_updates(counts_ptr, update, to_move, stayed):
+    """Adds what `optim.health.Counts` has of updates and weights."""
+    tl.atomic_max(counts_ptr + 2, tl.max(tl.max(tl.abs(update), axis=1), axis=0))
+    tl.atomic_add(counts_ptr + 3, tl.sum(tl.sum(update * update, axis=1), axis=0))
+    tl.atomic_add(counts_ptr + 4, _number_of(to_move))
+    tl.atomic_add(counts_ptr + 5, _number_of(to_move & stayed))
+
+
+@triton.jit
+def _count_floor(counts_ptr, positive, share):
+    """Likewise of second moments; `share` is v over the stored one."""
+    tl.atomic_add(counts_ptr, _number_of(positive))
+    tl.atomic_add(counts_ptr + 1, _number_of(positive & (share < 0.5)))
+
+
+@triton.jit
+def _number_of(mask):
+    return tl.sum(tl.sum(mask.to(tl.int32), axis=1), axis=0).to(tl.float32)
+
+
+@triton.jit
+def _update(m, v, hi, m_divisor, v_root, eps):
+    """The moments' quotient, corrected: m / (m_divisor * (sqrt(v) * v_root + eps)).
+
+    Below 2^-126 the special functions know no number, so the root is of v in units of an even power of two near hi.
+    """
+    exponent = tl.minimum(as_int(tl.maximum(hi, moments.TINY)) >> 23, 252) & ~1
+    root = special.root(v * as_float((253 - exponent) << 23)[:, None])
+    unit = as_float((64 + (exponent >> 1)) << 23) * (v_root * m_divisor)
+    return m * special.inverse(tl.fma(root, unit[:, None], eps * m_divisor))

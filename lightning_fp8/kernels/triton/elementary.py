@@ -1,6 +1,6 @@
-"""`numerics/elementary.py` in Triton: the same polynomials, operation by operation, so the same bits.
+"""`numerics/elementary.py` in Triton: the same polynomial, operation by operation, so the same bits.
 
-That takes multiplications and additions that are rounded one by one: kernels that use these are launched with
+That takes multiplications and additions that are rounded one by one: kernels that use it are launched with
 `enable_fp_fusion=False`, which keeps both LLVM and ptxas from fusing them.
 """
 
@@ -10,7 +10,6 @@ import triton.language as tl
 from lightning_fp8.numerics import elementary
 
 _LOG2 = tl.constexpr(elementary.LOG2)
-_EXP2 = tl.constexpr(elementary.EXP2)
 _ROOT_HALF = tl.constexpr(elementary.ROOT_HALF)
 
 
@@ -39,14 +38,3 @@ def log2(bits):
     p = (p + _LOG2[2]) * x
     p = (p + _LOG2[1]) * x
     return offset >> 23, (p + _LOG2[0]) * x
-
-
-@triton.jit
-def exp2(octaves, x):
-    """2^(octaves + x) of whole `octaves`, fp32, and fp32 `x` in [0, 1]."""
-    p = x * _EXP2[4]
-    p = (p + _EXP2[3]) * x
-    p = (p + _EXP2[2]) * x
-    p = (p + _EXP2[1]) * x
-    mantissa = (p + _EXP2[0]) * x + 1.0
-    return as_float((octaves.to(tl.int32) << 23) + as_int(mantissa))

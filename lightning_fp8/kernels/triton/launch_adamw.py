@@ -15,13 +15,14 @@ from torch import Tensor
 from lightning_fp8.kernels.adamw import Group, Matrix
 from lightning_fp8.kernels.triton.adamw import TILE, many_kernel, one_kernel
 from lightning_fp8.kernels.triton.table import on_device
-from lightning_fp8.kernels.triton.tables import roots
 from lightning_fp8.numerics.moments import m_levels
 
 _TYPES = {torch.bfloat16: tl.int16, torch.float32: tl.float32}
 _BITS = {torch.bfloat16: torch.int16, torch.bool: torch.uint8}
-# With 168 registers a thread three programs fit on a multiprocessor; nothing is spilled for it.
-_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False, "maxnreg": 168}
+# With 168 registers a thread three programs fit on a multiprocessor; nothing is spilled for it. Counting takes more
+# where Triton is older than 3.9.
+_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+_REGISTERS, _REGISTERS_TO_COUNT = 168, 208
 
 
 def launch(
@@ -31,21 +32,23 @@ def launch(
     group: Group,
     block_size: int,
     finite: Tensor | None,
+    counts: Tensor | None = None,
 ) -> None:
     """Steps parameters; see `kernels.adamw.adamw`."""
-    common = (steps, numbers, *_tables(steps.device), _bits(finite), *group)
+    common = (steps, numbers, m_levels(steps.device), _bits(finite), counts, *group)
+    options = _OPTIONS | {"maxnreg": _REGISTERS if counts is None else _REGISTERS_TO_COUNT}
     placed = [(matrix, place) for place, matrix in enumerate(matrices) if matrix.weight.numel()]
     if len(matrices) == 1:
         for matrix, _ in placed:
-            _one(matrix, common, block_size)
+            _one(matrix, common, block_size, options)
         return
     for alignment in (16, 1):
         chosen = [(matrix, place) for matrix, place in placed if _alignment(matrix) == alignment]
         if chosen:
-            _many(chosen, alignment, common, block_size)
+            _many(chosen, alignment, common, block_size, options)
 
 
-def _one(matrix: Matrix, common: tuple[Any, ...], block_size: int) -> None:
+def _one(matrix: Matrix, common: tuple[Any, ...], block_size: int, options: dict[str, Any]) -> None:
     tile = _tile(_alignment(matrix), block_size)
     one_kernel[(_programs(matrix, tile, block_size),)](
         *(_bits(tensor) for tensor in _tensors(matrix)),
@@ -53,11 +56,17 @@ def _one(matrix: Matrix, common: tuple[Any, ...], block_size: int) -> None:
         *common,
         BLOCK=block_size,
         TILE=tile,
-        **_OPTIONS,
+        **options,
     )
 
 
-def _many(chosen: Sequence[tuple[Matrix, int]], alignment: int, common: tuple[Any, ...], block_size: int) -> None:
+def _many(
+    chosen: Sequence[tuple[Matrix, int]],
+    alignment: int,
+    common: tuple[Any, ...],
+    block_size: int,
+    options: dict[str, Any],
+) -> None:
     first, rows, device = [0], [], chosen[0][0].weight.device
     tile = _tile(alignment, block_size)
     for matrix, place in chosen:
@@ -74,7 +83,7 @@ def _many(chosen: Sequence[tuple[Matrix, int]], alignment: int, common: tuple[An
         PADDED=triton.next_power_of_2(len(rows)),
         BLOCK=block_size,
         TILE=tile,
-        **_OPTIONS,
+        **options,
     )
 
 
@@ -111,7 +120,3 @@ def _bits(tensor: Tensor | None) -> Tensor | None:
     if tensor is None or tensor.dtype not in _BITS:
         return tensor
     return tensor.view(_BITS[tensor.dtype])
-
-
-def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
-    return m_levels(device), roots(device)

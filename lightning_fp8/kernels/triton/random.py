@@ -30,7 +30,7 @@ def _bits(key0, key1, step, row, column):
 
 @triton.jit
 def drawn(key0, key1, step, row, column):
-    """What rounds a step: random bits for weights, uint32, and thresholds for v, fp32 in [0, 1).
+    """What rounds a step: random bits for weights, uint32, and thresholds for v, fp32 in [0, 2^32).
 
     Args:
         key0: uint32, the parameter's key.
@@ -40,18 +40,19 @@ def drawn(key0, key1, step, row, column):
         column: uint32 [n, b], likewise.
     """
     start = _bits(key0, key1, (step >> 10) ^ _DITHER, row, column)
-    # The upper 16 bits as the fraction of a number in [1, 2): conversions run on the special-function units.
-    fraction = ((start + step * _GOLDEN) >> 9) & 0x7FFF80
-    return _bits(key0, key1, step, row, column), (fraction | 0x3F800000).to(tl.float32, bitcast=True) - 1.0
+    # Of a threshold 16 bits count. Shifted down they would be converted on the special-function units.
+    threshold = ((start + step * _GOLDEN) & 0xFFFF0000).to(tl.float32)
+    return _bits(key0, key1, step, row, column), threshold
 
 
 @triton.jit
 def stochastic_bf16(x, random):
-    """The bits, int16, of the bf16 number below or above fp32 `x`, as uint32 `random` says; inf and NaN stay."""
-    bits = x.to(tl.uint32, bitcast=True)
-    size = bits & 0x7FFFFFFF
-    carried = bits + tl.where(size < 0x7F800000, random & 0xFFFF, 0)
-    return tl.where(size > 0x7F800000, 0x7FC0, carried >> 16).to(tl.uint16).to(tl.int16, bitcast=True)
+    """The bits, int16, of the bf16 number below or above fp32 `x`, as uint32 `random` says; inf and NaN stay.
+
+    A NaN that arithmetic made, or let through, has its uppermost mantissa bits set, so it stays one when it is cut.
+    """
+    added = tl.where(tl.abs(x) < float("inf"), random & 0xFFFF, 0)
+    return ((x.to(tl.uint32, bitcast=True) + added) >> 16).to(tl.uint16).to(tl.int16, bitcast=True)
 
 
 @triton.jit
